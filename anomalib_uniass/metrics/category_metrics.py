@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Torchmetrics state around the pure functions: one row of metrics per category and their mean."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import rank_zero_warn
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from anomalib_uniass.metrics.functional import METRICS, PIXEL_METRICS, check_finite, image_metrics, pixel_metrics
+
+MEAN = "mean"
+COUNTS = ("n_images", "n_anomalous")
+
+
+class CategoryMetrics(Metric):
+    """Pixel AP, DSC, F1-max, AUPRO, pixel and image AUROC of every category, and the mean over categories.
+
+    The protocol of the UniAS evaluation (WACV 2025, section 4 and release): every category is scored over all its
+    test images on raw maps; the reported value is the plain mean over categories.
+
+    States are tensors that torchmetrics gathers across ranks, kept on the CPU: 5 bytes per pixel. With a sampler that
+    pads the test set (PyTorch's `DistributedSampler`) repeated images are counted as often as they were seen.
+
+    Args:
+        categories: All category names that `update` may bring, the same on every rank.
+
+    Raises:
+        ValueError: If `categories` is empty, has duplicates or contains the reserved name "mean".
+
+    Example:
+        >>> metric = CategoryMetrics(["bottle"])
+        >>> maps, masks = torch.tensor([[[0.1, 0.9]], [[0.2, 0.3]]]), torch.tensor([[[False, True]], [[False, False]]])
+        >>> metric.update(maps, masks, maps.amax((1, 2)), masks.any(2).any(1), ["bottle", "bottle"])
+        >>> metric.compute()["mean"]["pixel_AP"]
+        1.0
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    anomaly_map: list[Tensor]
+    gt_mask: list[Tensor]
+    pred_score: list[Tensor]
+    gt_label: list[Tensor]
+    category_id: list[Tensor]
+
+    def __init__(self, categories: Sequence[str]) -> None:
+        super().__init__(compute_on_cpu=True, dist_sync_fn=_gather_to_cpu)
+        self.categories = tuple(sorted(categories))
+        if not categories or len(set(categories)) != len(categories) or MEAN in categories:
+            msg = f"categories must be distinct names other than {MEAN!r}, at least one; got {list(categories)}"
+            raise ValueError(msg)
+        # Names do not gather across ranks, ids do.
+        self._ids = {name: index for index, name in enumerate(self.categories)}
+        for state in ("anomaly_map", "gt_mask", "pred_score", "gt_label", "category_id"):
+            self.add_state(state, default=[], dist_reduce_fx="cat")
+
+    @property
+    def map_size(self) -> tuple[int, int] | None:
+        """(H, W) of the maps seen so far, None without maps."""
+        maps = _entries(self.anomaly_map)
+        return (maps[0].shape[1], maps[0].shape[2]) if maps else None
+
+    def update(
+        self,
+        anomaly_map: Tensor | None,
+        gt_mask: Tensor | None,
+        pred_score: Tensor,
+        gt_label: Tensor,
+        category: Sequence[str],
+    ) -> None:
+        """Keep copies of a batch; pixels are kept only if there are both maps and masks.
+
+        Args:
+            anomaly_map: (B, H, W) or (B, 1, H, W) raw scores (kept as float32), None if the model gives no maps.
+            gt_mask: Masks of the same shape, nonzero is anomalous, None if the dataset has no masks.
+            pred_score: (B,) image scores.
+            gt_label: (B,) image labels, nonzero is anomalous.
+            category: B category names.
+
+        Raises:
+            ValueError: If shapes do not fit each other or earlier batches, a score is not finite, a category is
+                unknown, or only some batches have maps and masks.
+        """
+        ids = self._category_ids(category)
+        check_shape(pred_score, (len(ids),), "pred_score")
+        check_shape(gt_label, (len(ids),), "gt_label")
+        check_finite(pred_score, "pred_score")
+        has_pixels = anomaly_map is not None and gt_mask is not None
+        if _entries(self.category_id) and has_pixels != bool(_entries(self.anomaly_map)):
+            msg = "expected anomaly maps and masks with every batch or with none, got both kinds of batches"
+            raise ValueError(msg)
+        if anomaly_map is not None and gt_mask is not None:
+            self._append_pixels(anomaly_map, gt_mask, len(ids))
+        self.pred_score.append(_cpu_copy(pred_score, torch.float32))
+        self.gt_label.append(_cpu_copy(gt_label, torch.bool))
+        self.category_id.append(ids)
+
+    def compute(self) -> dict[str, dict[str, float]]:
+        """Compute every category, one after the other, and their mean.
+
+        Returns:
+            Rows by category in sorted order and "mean" last. A row holds `METRICS` in [0, 1] and the counts
+            `n_images` and `n_anomalous`; the mean leaves NaN out, its counts are totals.
+            Undefined values are NaN; one warning per category says why.
+        """
+        has_pixels = bool(_entries(self.anomaly_map))
+        if not has_pixels:
+            rank_zero_warn(f"No anomaly maps or no masks were given: {', '.join(PIXEL_METRICS)} are NaN.", UserWarning)
+        table = {}
+        for name, index in self._ids.items():
+            row = self._compute_row(index, has_pixels=has_pixels)
+            _warn_undefined(name, row, has_pixels=has_pixels)
+            table[name] = row
+        table[MEAN] = _mean_row(list(table.values()))
+        return table
+
+    def _category_ids(self, category: Sequence[str]) -> Tensor:
+        unknown = sorted(set(category) - set(self._ids))
+        if unknown:
+            msg = f"unknown categories {unknown}; this metric was built for {list(self.categories)}"
+            raise ValueError(msg)
+        return torch.tensor([self._ids[name] for name in category], dtype=torch.int64)
+
+    def _append_pixels(self, anomaly_map: Tensor, gt_mask: Tensor, batch_size: int) -> None:
+        anomaly_map, gt_mask = (x.squeeze(1) if x.ndim == 4 else x for x in (anomaly_map, gt_mask))
+        height, width = self.map_size or anomaly_map.shape[-2:]
+        check_shape(anomaly_map, (batch_size, height, width), "anomaly_map")
+        check_shape(gt_mask, (batch_size, height, width), "gt_mask")
+        check_finite(anomaly_map, "anomaly_map")
+        self.anomaly_map.append(_cpu_copy(anomaly_map, torch.float32))
+        self.gt_mask.append(_cpu_copy(gt_mask, torch.bool))
+
+    def _compute_row(self, index: int, *, has_pixels: bool) -> dict[str, float]:
+        chosen = [ids == index for ids in _entries(self.category_id)]
+        row = dict.fromkeys(METRICS, math.nan)
+        n_images = sum(int(mask.sum()) for mask in chosen)
+        if n_images == 0:
+            return {**row, "n_images": 0, "n_anomalous": 0}
+        label = _select(self.gt_label, chosen)
+        row |= image_metrics(_select(self.pred_score, chosen), label)
+        if has_pixels:
+            row |= pixel_metrics(_select(self.anomaly_map, chosen), _select(self.gt_mask, chosen))
+        return {**row, "n_images": n_images, "n_anomalous": int(label.sum())}
+
+
+def check_shape(tensor: Tensor, expected: tuple[int, ...], name: str) -> None:
+    """Raise a ValueError that names `name` unless the tensor has the expected shape."""
+    if tuple(tensor.shape) != expected:
+        msg = f"{name} must have shape {expected}, got {tuple(tensor.shape)}; all images and maps must share one size"
+        raise ValueError(msg)
+
+
+def _cpu_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Always a copy: anomalib's post-processor changes the batch after us.
+    return tensor.detach().to("cpu", dtype, copy=True)
+
+
+def _gather_to_cpu(state: Tensor, group: "torch.distributed.ProcessGroup | None" = None) -> list[Tensor]:
+    """Gather one state of all ranks; NCCL cannot gather CPU tensors, so it goes through the rank's GPU."""
+    on_gpu = torch.distributed.get_backend(group) == "nccl"
+    return [part.cpu() for part in gather_all_tensors(state.cuda() if on_gpu else state, group)]
+
+
+def _entries(state: list[Tensor] | Tensor) -> list[Tensor]:
+    """Batches of a state: torchmetrics turns a gathered list into one tensor (an empty one if nothing was added)."""
+    batches = [state] if isinstance(state, Tensor) else state
+    return [batch for batch in batches if batch.numel()]
+
+
+def _select(state: list[Tensor] | Tensor, chosen: list[Tensor]) -> Tensor:
+    return torch.cat([batch[mask] for batch, mask in zip(_entries(state), chosen, strict=True)])
+
+
+def _warn_undefined(name: str, row: dict[str, float], *, has_pixels: bool) -> None:
+    candidates = METRICS if has_pixels else tuple(key for key in METRICS if key not in PIXEL_METRICS)
+    undefined = [key for key in candidates if math.isnan(row[key])]
+    if not undefined:
+        return
+    reasons = []
+    if row["n_images"] == 0:
+        reasons.append("it has no test images")
+    elif math.isnan(row["image_AUROC"]):
+        reasons.append(f"its test images are all {'anomalous' if row['n_anomalous'] else 'good'}")
+    if row["n_images"] and "pixel_AP" in undefined:
+        reasons.append("its masks have no anomalous pixel")
+    elif row["n_images"] and "pixel_AUROC" in undefined:
+        reasons.append("its masks have no normal pixel")
+    rank_zero_warn(
+        f"Category {name!r}: {' and '.join(reasons)}; NaN, and left out of the mean: {', '.join(undefined)}.",
+        UserWarning,
+    )
+
+
+def _mean_row(rows: list[dict[str, float]]) -> dict[str, float]:
+    means = {key: float(torch.tensor([row[key] for row in rows], dtype=torch.float64).nanmean()) for key in METRICS}
+    return means | {key: sum(row[key] for row in rows) for key in COUNTS}

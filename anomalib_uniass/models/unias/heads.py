@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reconstruction heads: tokens back to the features of one backbone level."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_uniass.models.unias.head_folding import (
+    AxisOperators,
+    apply_folded,
+    fold_biases,
+    fold_weights,
+    folded_cost,
+    folding_cost,
+    plain_cost,
+)
+
+# The folded form must save this factor of multiply-adds: it moves more memory for each of them than a convolution.
+FOLD_GAIN = 2
+
+
+class ReconstructionHead(nn.Module):
+    """Upsample and convolve three times: ``(B, D, h, w) -> (B, C, h * scale, w * scale)``.
+
+    Bilinear upsampling (``align_corners=True``), then three 3x3 convolutions with zero padding and no activation
+    between them. That is one linear map, which is folded (:mod:`~anomalib_uniass.models.unias.head_folding`) wherever
+    this takes less than half of the multiply-adds: in training the weights are folded once a step, which pays for large maps and
+    batches; for inference they are folded once and kept as constants.
+
+    Args:
+        hidden_dim: Width D of the tokens.
+        out_channels: Channels C of the backbone level.
+        grid_size: Height h and width w.
+        scale: Upsampling factor.
+    """
+
+    folded_weight: Tensor | None
+    folded_bias: Tensor | None
+
+    def __init__(self, hidden_dim: int, out_channels: int, *, grid_size: tuple[int, int], scale: int) -> None:
+        super().__init__()
+        self.scale = scale
+        self.convs = nn.Sequential(
+            nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1),
+            nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1),
+            nn.Conv2d(hidden_dim, out_channels, kernel_size=3, padding=1),
+        )
+        self.rows, self.columns = (AxisOperators(size, scale=scale) for size in grid_size)
+        self.register_buffer("folded_weight", None, persistent=False)
+        self.register_buffer("folded_bias", None, persistent=False)
+        self._folded_version: tuple[int, ...] | None = None
+        sizes = (hidden_dim, out_channels, self.rows, self.columns)
+        self._plain_cost, self._folded_cost = plain_cost(*sizes), folded_cost(*sizes)
+        self._folding_cost = folding_cost(hidden_dim, out_channels)
+        self._folds_ahead = FOLD_GAIN * self._folded_cost < self._plain_cost
+        self.register_load_state_dict_post_hook(lambda head, _: head.fold_ahead())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct the features of the level, by the cheaper form."""
+        if torch.is_grad_enabled():
+            images = len(x)  # they share the cost of folding the weights of this step
+            if FOLD_GAIN * (self._folding_cost + images * self._folded_cost) < images * self._plain_cost:
+                return self.folded(x, *self.fold())
+        elif self._folds_ahead:
+            self.fold_ahead()
+            return self.folded(x, self.folded_weight, self.folded_bias)
+        return self.plain(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Compute the head as it is written in the paper."""
+        return self.convs(F.interpolate(x, scale_factor=float(self.scale), mode="bilinear", align_corners=True))
+
+    def folded(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Compute the head with folded weights."""
+        return apply_folded(x, weight, bias, rows=self.rows.matrices, columns=self.columns.matrices)
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """Fold weights and biases, differentiably and in full precision."""
+        with torch.autocast(self.convs[0].weight.device.type, enabled=False):
+            weights = tuple(conv.weight for conv in self.convs)
+            biases = tuple(conv.bias for conv in self.convs)
+            return fold_weights(weights, self.rows, self.columns), fold_biases(weights, biases, self.rows, self.columns)
+
+    def fold_ahead(self) -> None:
+        """Keep folded weights and biases as constants for inference, unless they are those of the parameters now."""
+        if torch.compiler.is_compiling() or not self._folds_ahead:
+            return
+        version = tuple(parameter._version for parameter in self.convs.parameters())
+        if version != self._folded_version:
+            with torch.inference_mode(False), torch.no_grad():
+                self.folded_weight, self.folded_bias = self.fold()
+            self._folded_version = version
+
+    def train(self, mode: bool = True) -> "ReconstructionHead":
+        """Switch mode; evaluation folds ahead, so that an exporter meets constants."""
+        super().train(mode)
+        if not mode:
+            self.fold_ahead()
+        return self

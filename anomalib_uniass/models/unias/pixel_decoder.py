@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pixel decoder: a feature pyramid network with a transformer encoder on its deepest level."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_uniass.components.position_encoding import sine_position_encoding_2d
+from anomalib_uniass.components.transformer import AttentionLayer, FeedForwardLayer
+
+NORM_GROUPS = 32
+
+
+class FPNPixelDecoder(nn.Module):
+    """Fuse the pyramid top-down: ``[(B, C_i, H_i, W_i)] fine to coarse -> [(B, D, H_i, W_i)] coarse to fine``.
+
+    Args:
+        in_channels: Channels of the four inputs, fine to coarse.
+        hidden_dim: Width D, a multiple of 32.
+        feedforward_dim: Width of the encoder's feed-forward layers.
+        grid_size: Height and width of the deepest level.
+        heads: Attention heads of the encoder.
+        depth: Encoder layers on the deepest level.
+        dropout: Dropout of the encoder.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        *,
+        hidden_dim: int,
+        feedforward_dim: int,
+        grid_size: tuple[int, int],
+        heads: int = 4,
+        depth: int = 3,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        *fine, deepest = in_channels
+        self.input_proj = nn.Conv2d(deepest, hidden_dim, kernel_size=1)
+        self.encoder = nn.ModuleList(
+            EncoderLayer(hidden_dim, heads=heads, feedforward_dim=feedforward_dim, dropout=dropout)
+            for _ in range(depth)
+        )
+        self.register_buffer("position", sine_position_encoding_2d(*grid_size, hidden_dim), persistent=False)
+        self.deepest_conv = nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, bias=False)
+        self.lateral_convs = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(channels, hidden_dim, 1, bias=False), nn.GroupNorm(NORM_GROUPS, hidden_dim))
+            for channels in reversed(fine)
+        )
+        self.output_convs = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, bias=False),
+                nn.GroupNorm(NORM_GROUPS, hidden_dim),
+                nn.ReLU(),
+            )
+            for _ in fine
+        )
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+
+    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the memory y4, y3, y2, y1, coarse to fine."""
+        *fine, deepest = inputs
+        x = self.input_proj(deepest)
+        tokens = x.flatten(2).transpose(1, 2)  # (B, N, D)
+        for layer in self.encoder:
+            tokens = layer(tokens, position=self.position)
+        y = F.relu(self.deepest_conv(tokens.transpose(1, 2).unflatten(2, x.shape[-2:])))
+
+        memory = [y]
+        for lateral_conv, output_conv, x in zip(self.lateral_convs, self.output_convs, reversed(fine), strict=True):
+            upsampled = F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
+            y = output_conv(lateral_conv(x) + upsampled)
+            memory.append(y)
+        return memory
+
+
+class EncoderLayer(nn.Module):
+    """DETR's post-norm encoder layer: ``(B, N, D) -> (B, N, D)``; query and key carry the position, value does not."""
+
+    def __init__(self, dim: int, *, heads: int, feedforward_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attention = AttentionLayer(dim, heads=heads, dropout=dropout)
+        self.feed_forward = FeedForwardLayer(dim, hidden_dim=feedforward_dim, dropout=dropout)
+
+    def forward(self, tokens: Tensor, *, position: Tensor) -> Tensor:
+        """Attend over the whole map, then transform every token."""
+        positioned = tokens + position
+        tokens = self.self_attention(tokens, query=positioned, key=positioned)
+        return self.feed_forward(tokens)

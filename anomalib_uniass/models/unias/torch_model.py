@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UniAS as a plain PyTorch module."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import Tensor, nn
+
+from anomalib_uniass.components.backbone import FeaturePyramid
+from anomalib_uniass.components.feature_jitter import FeatureJitter
+from anomalib_uniass.components.gaussian_split import GaussianFrequencySplit
+from anomalib_uniass.components.mgg_cnn import MultiGranularityGatedCNN
+from anomalib_uniass.components.standardization import FeatureStandardization
+from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, ImageScore, image_score
+from anomalib_uniass.models.unias.decoder import SourceEmbedding, SpatialChannelDecoder
+from anomalib_uniass.models.unias.heads import ReconstructionHead
+from anomalib_uniass.models.unias.pixel_decoder import NORM_GROUPS, FPNPixelDecoder
+from anomalib_uniass.models.unias.queries import GatedQueryGenerator
+
+STRIDE = 16
+
+
+class Reconstruction(NamedTuple):
+    """Reconstructed features and what they should be, ``[(B, C_j, H_j, W_j)]`` each, coarse to fine."""
+
+    reconstructions: list[Tensor]
+    targets: list[Tensor]
+
+
+class UniASModel(nn.Module):
+    """UniAS: one reconstruction network for all categories (Ma et al., WACV 2025).
+
+    ``(B, 3, H, W) -> anomaly map (B, 1, H, W), image score (B,)``. B batch, C channels, H W size, N = H * W / 256
+    tokens, D = `hidden_dim`.
+
+    Args:
+        backbone: timm name of the frozen backbone (strides 2, 4, 8, 16).
+        pre_trained: Load ImageNet weights of the backbone.
+        weights: Weights file or installed weights package instead of timm's hub.
+        image_size: Height and width of the input, multiples of 16, fixed at construction.
+        hidden_dim: Width D, a multiple of 32.
+        feedforward_dim: Width of every feed-forward layer.
+        channel_branch: Run the channel branch of the decoder (the release's VisA configuration does not).
+        jitter_scale: Strength of the feature jitter in training.
+        jitter_probability: Chance of the jitter per level and batch.
+        standardize_features: Standardise the backbone features per channel with statistics of the training set.
+            Not in the paper.
+        score: Reduction of the map to the image score.
+        seed: Seed of the initial weights; leaves torch's global generator alone. None draws from the latter.
+
+    Raises:
+        ValueError: If sizes do not fit together; the message says which.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "tf_efficientnet_b4.aa_in1k",
+        *,
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+        image_size: tuple[int, int] = (224, 224),
+        hidden_dim: int = 256,
+        feedforward_dim: int = 2048,
+        channel_branch: bool = True,
+        jitter_scale: float = 20.0,
+        jitter_probability: float = 0.5,
+        standardize_features: bool = False,
+        score: ImageScore = "std",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        grid_size = _validate_sizes(image_size, hidden_dim=hidden_dim, channel_branch=channel_branch)
+        self.image_size = image_size
+        self.score: ImageScore = score
+
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+            self.backbone = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights)
+            channels = self.backbone.channels  # fine to coarse
+            self.standardization = FeatureStandardization(channels) if standardize_features else None
+            self.frequency_split = GaussianFrequencySplit()
+            self.jitter = FeatureJitter(scale=jitter_scale, probability=jitter_probability)
+            self.pixel_decoder = FPNPixelDecoder(
+                [2 * c for c in channels],
+                hidden_dim=hidden_dim,
+                feedforward_dim=feedforward_dim,
+                grid_size=grid_size,
+            )
+            self.source_embedding = SourceEmbedding(hidden_dim)
+            self.query_generator = GatedQueryGenerator(hidden_dim, grid_size=grid_size)
+            self.decoder = SpatialChannelDecoder(
+                hidden_dim,
+                feedforward_dim=feedforward_dim,
+                grid_size=grid_size,
+                channel_branch=channel_branch,
+            )
+            self.norm = nn.LayerNorm(hidden_dim)
+            self.heads = nn.ModuleList(
+                ReconstructionHead(hidden_dim, c, grid_size=grid_size, scale=2**level)
+                for level, c in enumerate(reversed(channels))
+            )
+            self.anomaly_map = AnomalyMapGenerator(image_size)
+            self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        """Initialise as the release does; the pixel decoder and the heads look after themselves."""
+        for module in self.source_embedding.projections.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                nn.init.zeros_(module.bias)
+        xavier = (MultiGranularityGatedCNN, nn.MultiheadAttention)
+        for part in (self.query_generator, self.decoder):
+            for module in part.modules():
+                if isinstance(module, (*xavier, nn.Linear, nn.Embedding)):
+                    for parameter in module.parameters():
+                        if parameter.ndim > 1:
+                            nn.init.xavier_uniform_(parameter)
+
+    def reconstruct(self, image: Tensor) -> Reconstruction:
+        """Reconstruct the backbone features of an image.
+
+        Args:
+            image: Normalised images ``(B, 3, H, W)``.
+
+        Returns:
+            Reconstructions and targets, coarse to fine.
+
+        Raises:
+            ValueError: If the images have another size than the model was built for.
+        """
+        if not torch.compiler.is_compiling() and tuple(image.shape[-2:]) != self.image_size:
+            msg = f"Expected images of size {self.image_size}, got {tuple(image.shape[-2:])}: set `image_size`."
+            raise ValueError(msg)
+        return self.reconstruct_features(self.backbone(image))
+
+    def reconstruct_features(self, features: Sequence[Tensor]) -> Reconstruction:
+        """Reconstruct backbone features.
+
+        Args:
+            features: The backbone's taps ``[(B, C_i, H_i, W_i)]``, fine to coarse.
+
+        Returns:
+            Reconstructions and targets, coarse to fine.
+        """
+        if self.standardization is not None:
+            features = self.standardization(features)
+        targets, inputs = self.frequency_split(features)
+        inputs = [self.jitter(x) for x in inputs]
+
+        memory = self.pixel_decoder(inputs)  # coarse to fine from here on
+        sources = self.source_embedding(memory)
+        queries = self.query_generator(memory[0])
+        tokens = self.decoder(queries, sources)
+        maps = [self.norm(t).mT.unflatten(2, memory[0].shape[-2:]) for t in tokens]
+        reconstructions = [head(x) for head, x in zip(self.heads, maps, strict=True)]
+        return Reconstruction(reconstructions, targets[::-1])
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> InferenceBatch:
+        """Detect anomalies.
+
+        Args:
+            image: Normalised images ``(B, 3, H, W)``.
+
+        Returns:
+            Raw anomaly map ``(B, 1, H, W)`` and raw image score ``(B,)``; higher is more anomalous.
+        """
+        anomaly_map = self.anomaly_map(*self.reconstruct(image))
+        return InferenceBatch(anomaly_map=anomaly_map, pred_score=image_score(anomaly_map, reduction=self.score))
+
+
+def _validate_sizes(image_size: tuple[int, int], *, hidden_dim: int, channel_branch: bool) -> tuple[int, int]:
+    """Return the token grid, or say which size is at fault."""
+    height, width = image_size
+    if height < STRIDE or width < STRIDE or height % STRIDE or width % STRIDE:
+        msg = f"image_size must hold multiples of {STRIDE}, got {image_size}."
+        raise ValueError(msg)
+    if hidden_dim < NORM_GROUPS or hidden_dim % NORM_GROUPS:
+        msg = f"hidden_dim must be a multiple of {NORM_GROUPS} (group norm), got {hidden_dim}."
+        raise ValueError(msg)
+    grid_size = (height // STRIDE, width // STRIDE)
+    tokens = grid_size[0] * grid_size[1]
+    heads = 4
+    if channel_branch and tokens % heads:
+        msg = (
+            f"The channel branch splits the {grid_size[0]}x{grid_size[1]} = {tokens} tokens over {heads} heads, which "
+            f"does not come out even for image_size={image_size}. Take a size with an even number of 32-pixel steps, "
+            "such as (224, 224) or (256, 256), or channel_branch=False."
+        )
+        raise ValueError(msg)
+    return grid_size
