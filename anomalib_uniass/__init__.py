@@ -4,12 +4,13 @@
 Importing the package registers its models and datamodules with anomalib; nothing else happens at import.
 """
 
-from anomalib_uniass.data import MVTec, Unified, VisA
+from anomalib_uniass.data import InspectionSample, MVTec, Unified, VisA
 from anomalib_uniass.models.unias.lightning_model import UniAS
 from anomalib_uniass.models.unias.official import convert_official_state_dict, load_official_checkpoint
 from anomalib_uniass.registration import register
 
 __all__ = [
+    "InspectionSample",
     "MVTec",
     "UniAS",
     "Unified",

@@ -18,7 +18,7 @@ from types import ModuleType
 PLUGIN = "anomalib_uniass"
 MODELS = ("UniAS",)
 # Kept equal to _anomalib_uniass_autoload.DATAMODULES by a test.
-DATAMODULES = ("MVTec", "VisA", "Unified")
+DATAMODULES = ("MVTec", "VisA", "Unified", "InspectionSample")
 
 
 def register() -> None:

@@ -142,13 +142,33 @@ def test_exporters_are_imported_where_used(heavy: str) -> None:
         assert not any(within(name, heavy) for name in imports(path, top_level_only=True)), path
 
 
-def test_declared_dependencies_are_the_imported_ones() -> None:
-    text = (ROOT / "pyproject.toml").read_text()
-    block = re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+def requirements(extra: str) -> set[str]:
+    """Return the names listed in an array of pyproject.toml, without versions."""
+    block = re.search(rf"^{extra} = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
     assert block is not None
-    declared = set(re.findall(r'"([a-z]+)', block[1]))
-    used = {name.partition(".")[0] for path in FILES for name in imports(path)}
-    assert used - sys.stdlib_module_names - {"anomalib_uniass", "openvino", "nncf"} == declared
+    return set(re.findall(r'^ *"([a-z0-9-]+)', block[1], re.MULTILINE))
+
+
+def third_party(*, top_level_only: bool) -> set[str]:
+    """Return the names of the distributions that the package imports from."""
+    modules = {name.partition(".")[0] for path in FILES for name in imports(path, top_level_only=top_level_only)}
+    named_otherwise = {
+        "PIL": "pillow",
+        "cv2": "opencv-python-headless",
+        "elpv_dataset": "elpv-dataset",
+        "skimage": "scikit-image",
+    }
+    return {named_otherwise.get(name, name) for name in modules - sys.stdlib_module_names - {"anomalib_uniass"}}
+
+
+def test_declared_dependencies_are_the_imported_ones() -> None:
+    assert third_party(top_level_only=True) == requirements("dependencies")
+
+
+def test_optional_imports_come_from_extras() -> None:
+    exporters = {"openvino", "nncf"}  # with anomalib[openvino]
+    optional = third_party(top_level_only=False) - requirements("dependencies")
+    assert optional <= requirements("demo") | exporters
 
 
 # --- The start-up hook -----------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_uniass.data import sample
-from anomalib_uniass.data.sample import SAMPLE_CATEGORIES, write_sample_dataset
+from anomalib_uniass.data.sample import canvases, writer
+from anomalib_uniass.data.sample.writer import SAMPLE_CATEGORIES, write_sample_dataset
 
 SMALL = {"image_size": 64, "train": 2, "good": 1, "per_defect": 1}
 
@@ -57,14 +57,14 @@ def test_masks_are_binary_neither_empty_nor_large_and_of_the_size_of_the_image(r
 
 @pytest.mark.parametrize("name", SAMPLE_CATEGORIES)
 def test_masks_cover_what_a_defect_changed_and_little_else(root: Path, name: str) -> None:
-    category = sample._CATEGORIES[name]
+    category = writer._CATEGORIES[name]
     rng = np.random.default_rng(1)
     for defect in category.defects.values():
         canvas = next(category.canvases("test", 128, rng))
-        image, mask = sample._draw_defect(canvas, defect, rng)
+        image, mask = writer._draw_defect(canvas, defect, rng)
         change = np.abs(image.astype(float) - np.clip(np.rint(canvas.image), 0, 255))
         assert change[mask].mean() > 5 * change[~mask].mean()
-        assert (change[~mask] >= sample._VISIBLE).mean() < 0.01
+        assert (change[~mask] >= writer._VISIBLE).mean() < 0.01
 
 
 def test_visible_change_closes_gaps_fills_holes_and_drops_specks() -> None:
@@ -77,13 +77,13 @@ def test_visible_change_closes_gaps_fills_holes_and_drops_specks() -> None:
     after[60:70, 60:70] = 105  # not visible
     expected = np.zeros((100, 100), bool)
     expected[20:41, 20:41] = True
-    np.testing.assert_array_equal(sample._visible_change(before, after), expected)
+    np.testing.assert_array_equal(writer._visible_change(before, after), expected)
 
 
 def test_a_defect_that_never_shows_is_an_error(root: Path) -> None:
-    canvas = sample.Canvas(np.full((64, 64), 100.0), np.ones((64, 64), bool), 1.0, {"source": "plain"})
+    canvas = canvases.Canvas(np.full((64, 64), 100.0), np.ones((64, 64), bool), 1.0, {"source": "plain"})
     with pytest.raises(RuntimeError, match="No visible defect"):
-        sample._draw_defect(canvas, lambda canvas, rng: canvas.image, np.random.default_rng(0))
+        writer._draw_defect(canvas, lambda canvas, rng: canvas.image, np.random.default_rng(0))
 
 
 def test_train_and_test_share_no_source_pixels(root: Path) -> None:
@@ -102,12 +102,12 @@ def test_train_and_test_share_no_source_pixels(root: Path) -> None:
 
 def test_canvases_read_only_their_own_part_of_a_photograph(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blanking the pixels of one split must not change the images of the other."""
-    photo = sample._photograph("gravel")
-    expected = next(sample._texture_canvases("gravel", "train", 64, np.random.default_rng(0))).image
+    photo = canvases.photograph("gravel")
+    expected = next(canvases.texture_canvases("gravel", "train", 64, np.random.default_rng(0))).image
     blanked = photo.copy()
-    blanked[:, sample._TEXTURE_SPLIT_COLUMN :] = 0
-    monkeypatch.setattr(sample, "_photograph", lambda name: blanked)
-    actual = next(sample._texture_canvases("gravel", "train", 64, np.random.default_rng(0))).image
+    blanked[:, canvases._TEXTURE_SPLIT_COLUMN :] = 0
+    monkeypatch.setattr(canvases, "photograph", lambda name: blanked)
+    actual = next(canvases.texture_canvases("gravel", "train", 64, np.random.default_rng(0))).image
     np.testing.assert_array_equal(actual, expected)
 
 
@@ -115,8 +115,8 @@ def test_solar_cells_are_defect_free_and_modules_do_not_overlap(root: Path) -> N
     from elpv_dataset.utils import load_dataset
 
     _, probabilities, _ = load_dataset()
-    assert all(probabilities[index] == 0 for index in sample._good_cells())
-    indices = [index for module in sample._MODULES.values() for index in range(*module)]
+    assert all(probabilities[index] == 0 for index in canvases._good_cells())
+    indices = [index for module in canvases._MODULES.values() for index in range(*module)]
     assert len(indices) == len(set(indices))
 
 
@@ -142,7 +142,7 @@ def test_other_files_are_not_taken_for_a_set(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_write_leaves_nothing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save, saved = sample._save, []
+    save, saved = writer._save, []
 
     def interrupted(image: np.ndarray, path: Path) -> None:
         if len(saved) == 10:
@@ -150,12 +150,12 @@ def test_an_interrupted_write_leaves_nothing(root: Path, tmp_path: Path, monkeyp
         saved.append(path)
         save(image, path)
 
-    monkeypatch.setattr(sample, "_save", interrupted)
+    monkeypatch.setattr(writer, "_save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_sample_dataset(tmp_path / "set", **SMALL)
     assert len(saved) == 10
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(sample, "_save", save)
+    monkeypatch.setattr(writer, "_save", save)
     (tmp_path / "set").mkdir()  # an empty folder is fine
     write_sample_dataset(tmp_path / "set", **SMALL)
     assert _contents(tmp_path / "set") == _contents(root)

@@ -34,7 +34,8 @@ def load_backbone_weights(network: nn.Module, backbone: str, weights: str | Path
             content = content[wrapper]
     source = {key.removeprefix("module."): value for key, value in content.items()}
     wanted = network.state_dict()
-    if not wanted.keys() <= source.keys():
+    # A larger network of the same family holds all keys of a smaller one: only the exact set is taken by name.
+    if source.keys() not in (wanted.keys(), _classifier_state_dict(backbone).keys()):
         source = match_by_order(source, backbone=backbone, source=str(path))
     misshapen = [
         f"{key}: {tuple(source[key].shape)} instead of {tuple(value.shape)}"
@@ -74,8 +75,7 @@ def match_by_order(entries: Mapping[str, Tensor], *, backbone: str, source: str)
     Raises:
         ValueError: If the number of entries or the shape of one of them differs.
     """
-    with torch.device("meta"):
-        reference = timm.create_model(backbone, pretrained=False).state_dict()
+    reference = _classifier_state_dict(backbone)
     pairs = list(zip(reference.items(), entries.items(), strict=False))
     mismatch = next((f"{ours} is {theirs}" for (ours, a), (theirs, b) in pairs if a.shape != b.shape), None)
     if len(reference) != len(entries) or mismatch is not None:
@@ -85,3 +85,9 @@ def match_by_order(entries: Mapping[str, Tensor], *, backbone: str, source: str)
         )
         raise ValueError(msg)
     return {ours: value for (ours, _), (_, value) in pairs}
+
+
+def _classifier_state_dict(backbone: str) -> dict[str, Tensor]:
+    """Return timm's entries of the whole network, without memory behind them."""
+    with torch.device("meta"):
+        return timm.create_model(backbone, pretrained=False).state_dict()

@@ -134,19 +134,23 @@ class Unified(AnomalibDataModule):
             msg = f"{argument} must be a list of category names, got the string {names!r}."
             raise TypeError(msg)
         names = [str(name) for name in names or ()]
-        known = {*official_categories(self.source), *category_folders(self.source, self.root)}
+        known = {*self._official_categories(), *category_folders(self.source, self.root)}
         context = f"{self.source.__name__} and the folders of {self.root}"
         if not self.root.is_dir():
             context = f"{self.source.__name__} ({self.root} does not exist)"
         check_names(names, known, argument=argument, context=context)
         return names
 
+    def _official_categories(self) -> Sequence[str]:
+        """Return the categories that the dataset has wherever it lies."""
+        return official_categories(self.source)
+
     def _choose_categories(self, categories: Sequence[str] | None) -> list[str]:
         """Return the categories to join: the given ones, those on disk, or the official ones."""
         if categories is not None:
             chosen = self._known_names(categories, "categories")
         else:
-            chosen = present_categories(self.source, self.root) or list(official_categories(self.source))
+            chosen = present_categories(self.source, self.root) or list(self._official_categories())
         if not chosen:
             msg = (
                 f"No categories to read: categories={categories!r}, and {self.source.__name__} finds none below "

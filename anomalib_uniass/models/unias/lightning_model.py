@@ -153,7 +153,7 @@ class UniAS(AnomalibModule):
             pyramid = self.model.backbone
             self.pre_processor = self.configure_pre_processor(image_size, mean=pyramid.mean, std=pyramid.std)
         elif self.pre_processor is not None and self.input_size not in (None, image_size):
-            msg = f"The pre-processor makes images of size {self.input_size}, but image_size is {image_size}."
+            msg = f"The pre-processor makes images of size {tuple(self.input_size)}, but image_size is {image_size}."
             raise ValueError(msg)
 
     @staticmethod
