@@ -4,10 +4,12 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-from timm.layers import Conv2dSame
+from timm.layers.conv2d_same import Conv2dSame
+from timm.models.efficientnet import EfficientNetFeatures
 from torch import Tensor, nn
 
 from anomalib_uniass.components.backbone_weights import load_backbone_weights
@@ -41,23 +43,25 @@ class FeaturePyramid(nn.Module):
     def __init__(self, backbone: str, *, pre_trained: bool = True, weights: str | Path | None = None) -> None:
         super().__init__()
         if not timm.is_model(backbone):
-            close = timm.list_models(f"*{backbone}*")[:5] or difflib.get_close_matches(backbone, timm.list_models(), n=5)
+            close = timm.list_models(f"*{backbone}*")[:5] or difflib.get_close_matches(
+                backbone, timm.list_models(), n=5
+            )
             msg = f"backbone must be a timm model name, got {backbone!r}. Similar names: {', '.join(close) or 'none'}."
             raise ValueError(msg)
-        self.network = _create_network(backbone, pre_trained=pre_trained and weights is None)
-        strides = tuple(self.network.feature_info.reduction())
+        network = _create_network(backbone, pre_trained=pre_trained and weights is None)
+        strides = tuple(network.feature_info.reduction())
         if strides != STRIDES:
             msg = f"backbone must offer features at strides {STRIDES}, but {backbone!r} has {strides}."
             raise ValueError(msg)
         if pre_trained and weights is not None:
-            load_backbone_weights(self.network, backbone, weights)
+            load_backbone_weights(network, backbone, weights)
 
-        self.channels: tuple[int, ...] = tuple(self.network.feature_info.channels())
-        config = self.network.pretrained_cfg
+        self.channels: tuple[int, ...] = tuple(network.feature_info.channels())
+        config = network.pretrained_cfg
         self.mean: tuple[float, ...] = tuple(config["mean"])
         self.std: tuple[float, ...] = tuple(config["std"])
-        _freeze_padding(self.network, native_size=config["input_size"][-2:])
-        self.network.requires_grad_(False)
+        _freeze_padding(network, native_size=config["input_size"][-2:])
+        self.network: nn.Module = network.requires_grad_(False)
         self.eval()
 
     def train(self, mode: bool = True) -> "FeaturePyramid":
@@ -78,12 +82,11 @@ class FeaturePyramid(nn.Module):
         return list(self.network(image))
 
 
-def _create_network(backbone: str, *, pre_trained: bool) -> nn.Module:
-    """Build the timm trunk up to the stride-16 tap."""
+def _create_network(backbone: str, *, pre_trained: bool) -> Any:
+    """Build the timm trunk up to the stride-16 tap, a module with timm's ``feature_info`` and ``pretrained_cfg``."""
+    taps = tuple(range(len(STRIDES)))
     try:
-        network: nn.Module = timm.create_model(
-            backbone, pretrained=pre_trained, features_only=True, out_indices=tuple(range(len(STRIDES)))
-        )
+        network = timm.create_model(backbone, pretrained=pre_trained, features_only=True, out_indices=taps)
     except (AttributeError, IndexError, AssertionError) as error:
         msg = f"backbone must support timm's features_only with strides {STRIDES}; {backbone!r} does not: {error}"
         raise ValueError(msg) from error
@@ -91,12 +94,12 @@ def _create_network(backbone: str, *, pre_trained: bool) -> nn.Module:
         if not pre_trained:
             raise
         msg = (
-            f"Could not fetch ImageNet weights for backbone {backbone!r}: {error}. Check the network, or pass `weights` "
-            "(a file or an installed weights package), or `pre_trained=False` for random weights."
+            f"Could not fetch ImageNet weights for backbone {backbone!r}: {error}. Check the network, or pass "
+            "`weights` (a file or an installed weights package), or `pre_trained=False` for random weights."
         )
         raise RuntimeError(msg) from error
-    if hasattr(network, "blocks") and hasattr(network, "_stage_out_idx"):
-        # timm's EfficientNetFeatures builds every stage; what lies behind the last tap is never used.
+    if isinstance(network, EfficientNetFeatures):
+        # It builds every stage; what lies behind the last tap is never used.
         network.blocks = network.blocks[: max(network._stage_out_idx)]
     return network
 
@@ -106,24 +109,19 @@ def _freeze_padding(network: nn.Module, *, native_size: Sequence[int]) -> None:
     dynamic = {name: module for name, module in network.named_modules() if isinstance(module, Conv2dSame)}
     if not dynamic:
         return
-    sizes: dict[str, tuple[int, int]] = {}
+    sizes: dict[nn.Module, tuple[int, int]] = {}
 
-    def recorder(name: str):  # noqa: ANN202
-        def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            sizes[name] = (inputs[0].shape[-2], inputs[0].shape[-1])
+    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        sizes[module] = (inputs[0].shape[-2], inputs[0].shape[-1])
 
-        return record
-
-    hooks = [module.register_forward_pre_hook(recorder(name)) for name, module in dynamic.items()]
-    training = network.training
+    hooks = [module.register_forward_pre_hook(record) for module in dynamic.values()]
     with torch.no_grad():
         network.eval()(torch.zeros(1, 3, *native_size))
-    network.train(training)
     for hook in hooks:
         hook.remove()
     for name, module in dynamic.items():
         parent, _, attribute = name.rpartition(".")
-        setattr(network.get_submodule(parent), attribute, StaticSameConv2d(module, input_size=sizes[name]))
+        setattr(network.get_submodule(parent), attribute, StaticSameConv2d(module, input_size=sizes[module]))
 
 
 class StaticSameConv2d(nn.Conv2d):

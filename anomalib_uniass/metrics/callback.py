@@ -65,8 +65,8 @@ class CategoryMetricsCallback(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,  # noqa: ANN401
-        batch: Any,  # noqa: ANN401
+        outputs: Any,
+        batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -104,7 +104,7 @@ class CategoryMetricsCallback(Callback):
         if trainer.is_global_zero:
             self._report(trainer, type(pl_module).__name__, map_size)
 
-    def _categories(self, batch: Any) -> list[str]:  # noqa: ANN401
+    def _categories(self, batch: Any) -> list[str]:
         if not self._category_of_path:
             return [self._default_category] * len(batch.gt_label)
         paths = [str(path) for path in batch.image_path]

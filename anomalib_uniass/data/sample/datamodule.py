@@ -11,7 +11,8 @@ from anomalib_uniass.data.unified import Unified
 class InspectionSample(Unified):
     """Coins, brick, gravel and two kinds of solar cells with generated defects; to try things, not a benchmark.
 
-    ``prepare_data`` writes it from images that pip packages carry (extra ``demo``; the solar cells are CC BY-NC-SA 4.0).
+    ``prepare_data`` writes it from images that pip packages carry (extra ``demo``); the solar cells are licensed
+    CC BY-NC-SA 4.0.
 
     Args:
         root: Folder to write to and read from.

@@ -88,9 +88,7 @@ def fold_biases(
     outer = _compose_outer(second, third).permute(0, 1, 2, 4, 3, 5)  # (C, M, by, cy, bx, cx)
     pair = torch.einsum("ompq,m->opq", outer.flatten(4).flatten(2, 3), biases[0])  # (C, 9, 9)
     single = torch.einsum("omyx,m->oyx", third, biases[1])  # (C, 3, 3)
-    return (
-        rows.pair_ones.T @ pair @ columns.pair_ones + rows.ones.T @ single @ columns.ones + biases[2][:, None, None]
-    )
+    return rows.pair_ones.T @ pair @ columns.pair_ones + rows.ones.T @ single @ columns.ones + biases[2][:, None, None]
 
 
 def apply_folded(x: Tensor, weight: Tensor, bias: Tensor, *, rows: Tensor, columns: Tensor) -> Tensor:

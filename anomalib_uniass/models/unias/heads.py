@@ -24,8 +24,8 @@ class ReconstructionHead(nn.Module):
 
     Bilinear upsampling (``align_corners=True``), then three 3x3 convolutions with zero padding and no activation
     between them. That is one linear map, which is folded (:mod:`~anomalib_uniass.models.unias.head_folding`) wherever
-    this takes less than half of the multiply-adds: in training the weights are folded once a step, which pays for large maps and
-    batches; for inference they are folded once and kept as constants.
+    this takes less than half of the multiply-adds. In training the weights are folded once a step, which pays for
+    large maps and batches; for inference they are folded once and kept as constants.
 
     Args:
         hidden_dim: Width D of the tokens.
@@ -34,8 +34,8 @@ class ReconstructionHead(nn.Module):
         scale: Upsampling factor.
     """
 
-    folded_weight: Tensor | None
-    folded_bias: Tensor | None
+    folded_weight: Tensor
+    folded_bias: Tensor
 
     def __init__(self, hidden_dim: int, out_channels: int, *, grid_size: tuple[int, int], scale: int) -> None:
         super().__init__()
@@ -76,9 +76,9 @@ class ReconstructionHead(nn.Module):
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """Fold weights and biases, differentiably and in full precision."""
-        with torch.autocast(self.convs[0].weight.device.type, enabled=False):
-            weights = tuple(conv.weight for conv in self.convs)
-            biases = tuple(conv.bias for conv in self.convs)
+        w1, b1, w2, b2, w3, b3 = self.convs.parameters()
+        with torch.autocast(w1.device.type, enabled=False):
+            weights, biases = (w1, w2, w3), (b1, b2, b3)
             return fold_weights(weights, self.rows, self.columns), fold_biases(weights, biases, self.rows, self.columns)
 
     def fold_ahead(self) -> None:

@@ -4,12 +4,11 @@
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -182,10 +181,11 @@ class UniAS(AnomalibModule):
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
         if self.lr_schedule == "step":
-            return [optimizer], [StepLR(optimizer, step_size=self.lr_step_epochs, gamma=0.1)]
+            step = StepLR(optimizer, step_size=self.lr_step_epochs, gamma=0.1)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": step, "interval": "epoch"}}
         steps = int(self.trainer.estimated_stepping_batches)
         one_cycle = OneCycleLR(optimizer, max_lr=self.learning_rate, total_steps=steps, pct_start=0.1)
-        return [optimizer], [{"scheduler": one_cycle, "interval": "step"}]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": one_cycle, "interval": "step"}}
 
     def on_fit_start(self) -> None:
         """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them."""
@@ -198,21 +198,24 @@ class UniAS(AnomalibModule):
     def _training_features(self) -> Iterator[list[Tensor]]:
         """Yield backbone features of the training set, in the trainer's batches."""
         datamodule = getattr(self.trainer, "datamodule", None)
-        source = self.trainer.fit_loop._data_source.instance if datamodule is None else datamodule.train_dataloader()
-        for batch in source:
+        loader: Any = (
+            self.trainer.fit_loop._data_source.instance if datamodule is None else datamodule.train_dataloader()
+        )
+        for batch in loader:
             image = batch.image.to(self.device)
-            if self.pre_processor is not None:
+            if isinstance(self.pre_processor, PreProcessor) and self.pre_processor.transform is not None:
                 image = self.pre_processor.transform(image)
             yield self.model.backbone(image)
 
-    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+    def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Reconstruct a batch of good images ``(B, 3, H, W)`` and return the loss."""
         del args, kwargs  # the trainer's batch index is not needed
-        loss = self.loss(*self.model.reconstruct(batch.image))
-        self.log("train_loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
+        image = cast("Tensor", batch.image)
+        loss = self.loss(*self.model.reconstruct(image))
+        self.log("train_loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=len(image))
         return {"loss": loss}
 
-    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+    def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Add anomaly map and score to a batch, for anomalib's thresholds."""
         del args, kwargs
         return batch.update(**self.model(batch.image)._asdict())
@@ -277,6 +280,6 @@ def _validate_choices(*, cosine_term: str, score: str, lr_schedule: str) -> None
             raise ValueError(msg)
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401
+def _plain(value: Any) -> Any:
     """Make sequences comparable: a YAML file gives a list where the constructor makes a tuple."""
     return tuple(value) if isinstance(value, (list, tuple)) else value

@@ -108,14 +108,15 @@ class UniASModel(nn.Module):
 
     def _reset_parameters(self) -> None:
         """Initialise as the release does; the pixel decoder and the heads look after themselves."""
-        for module in self.source_embedding.projections.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_uniform_(module.weight, a=1)
-                nn.init.zeros_(module.bias)
-        xavier = (MultiGranularityGatedCNN, nn.MultiheadAttention)
+        for name, parameter in self.source_embedding.projections.named_parameters():
+            if name.endswith("weight"):
+                nn.init.kaiming_uniform_(parameter, a=1)
+            else:
+                nn.init.zeros_(parameter)
+        xavier = (MultiGranularityGatedCNN, nn.MultiheadAttention, nn.Linear, nn.Embedding)
         for part in (self.query_generator, self.decoder):
             for module in part.modules():
-                if isinstance(module, (*xavier, nn.Linear, nn.Embedding)):
+                if isinstance(module, xavier):
                     for parameter in module.parameters():
                         if parameter.ndim > 1:
                             nn.init.xavier_uniform_(parameter)
