@@ -1,45 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """UniAS as an anomalib model."""
 
-import logging
-from collections.abc import Iterator, Sequence
-from itertools import islice
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from typing import get_args
 
-import torch
-from anomalib import LearningType
-from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch import Callback
-from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from torch import Tensor
-from torch.optim.lr_scheduler import OneCycleLR, StepLR
-from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from anomalib_uniass.metrics import CategoryMetricsCallback
+from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_choice, parse_image_size
 from anomalib_uniass.models.unias.anomaly_map import ImageScore
 from anomalib_uniass.models.unias.loss import CosineTerm, ReconstructionLoss
+from anomalib_uniass.models.unias.post_processor import ProductMapPostProcessor
 from anomalib_uniass.models.unias.torch_model import UniASModel
 
-logger = logging.getLogger(__name__)
 
-GRADIENT_CLIP = 0.1
-STANDARDIZATION_BATCHES = 100
-ARCHITECTURE = (
-    "backbone",
-    "image_size",
-    "hidden_dim",
-    "feedforward_dim",
-    "channel_branch",
-    "standardize_features",
-)
-
-
-class UniAS(AnomalibModule):
+class UniAS(ReconstructionMixin, AnomalibModule):
     """UniAS: unified anomaly segmentation, one model for all categories (Ma et al., WACV 2025, arXiv 2501.12295).
 
     Defaults are the paper's for MVTec AD at 224 x 224 pixels. Train it on
@@ -72,7 +50,7 @@ class UniAS(AnomalibModule):
         max_epochs: Length of the training. A value given here overrides the trainer's; None leaves it to the trainer.
         seed: Seed of the initial weights.
         pre_processor: Pre-processor, or True for resize and normalisation with the backbone's statistics.
-        post_processor: Post-processor, or True for anomalib's.
+        post_processor: Post-processor, or True for anomalib's on the scale of a level map.
         evaluator: Evaluator, or True for anomalib's. The per-category metrics of this package come beside it.
         visualizer: Visualizer, or True for anomalib's.
 
@@ -86,6 +64,14 @@ class UniAS(AnomalibModule):
     """
 
     model: UniASModel
+    architecture = (
+        "backbone",
+        "image_size",
+        "hidden_dim",
+        "feedforward_dim",
+        "channel_branch",
+        "standardize_features",
+    )
 
     def __init__(
         self,
@@ -106,7 +92,7 @@ class UniAS(AnomalibModule):
         score: ImageScore = "std",
         learning_rate: float = 1e-4,
         weight_decay: float = 1e-4,
-        lr_schedule: Literal["step", "onecycle"] = "step",
+        lr_schedule: LRSchedule = "step",
         lr_step_epochs: int = 400,
         max_epochs: int | None = None,
         seed: int | None = None,
@@ -116,9 +102,11 @@ class UniAS(AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         # Plain types before super().__init__() saves them: OmegaConf's would not load from a checkpoint.
-        image_size = _image_size(image_size)
+        image_size = parse_image_size(image_size)
         weights = None if weights is None else str(weights)
-        _validate_choices(cosine_term=cosine_term, score=score, lr_schedule=lr_schedule)
+        check_choice("cosine_term", cosine_term, get_args(CosineTerm))
+        check_choice("score", score, get_args(ImageScore))
+        check_choice("lr_schedule", lr_schedule, get_args(LRSchedule))
         super().__init__(
             # Rebuilt below, once the backbone's normalisation is known.
             pre_processor=pre_processor if isinstance(pre_processor, PreProcessor) else False,
@@ -126,11 +114,6 @@ class UniAS(AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.lr_schedule = lr_schedule
-        self.lr_step_epochs = lr_step_epochs
-        self.max_epochs = max_epochs
         self.model = UniASModel(
             backbone,
             pre_trained=pre_trained,
@@ -151,135 +134,8 @@ class UniAS(AnomalibModule):
         if pre_processor is True:
             pyramid = self.model.backbone
             self.pre_processor = self.configure_pre_processor(image_size, mean=pyramid.mean, std=pyramid.std)
-        elif self.pre_processor is not None and self.input_size not in (None, image_size):
-            msg = f"The pre-processor makes images of size {tuple(self.input_size)}, but image_size is {image_size}."
-            raise ValueError(msg)
+        self.check_input_size(image_size)
 
-    @staticmethod
-    def configure_pre_processor(
-        image_size: tuple[int, int] | None = None,
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
-    ) -> PreProcessor:
-        """Return resize and normalisation.
-
-        Args:
-            image_size: Height and width to resize to, 224 x 224 by default.
-            mean: Normalisation mean, RGB in [0, 1]; ImageNet's by default.
-            std: Normalisation standard deviation, likewise.
-        """
-        resize = Resize(image_size or (224, 224), antialias=True)
-        return PreProcessor(transform=Compose([resize, Normalize(mean=list(mean), std=list(std))]))
-
-    def configure_callbacks(self) -> Sequence[Callback]:
-        """Put the per-category metrics before anomalib's callbacks: they need maps that are not normalised yet."""
-        callbacks = super().configure_callbacks()
-        return [CategoryMetricsCallback(), *(callbacks if isinstance(callbacks, Sequence) else [callbacks])]
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW and the chosen schedule (the release: 1e-4, times 0.1 every 400 of 1000 epochs)."""
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
-        if self.lr_schedule == "step":
-            step = StepLR(optimizer, step_size=self.lr_step_epochs, gamma=0.1)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": step, "interval": "epoch"}}
-        steps = int(self.trainer.estimated_stepping_batches)
-        one_cycle = OneCycleLR(optimizer, max_lr=self.learning_rate, total_steps=steps, pct_start=0.1)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": one_cycle, "interval": "step"}}
-
-    def on_fit_start(self) -> None:
-        """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them."""
-        standardization = self.model.standardization
-        if standardization is None or standardization.fitted:
-            return
-        logger.info("Standardising backbone features over up to %d training batches.", STANDARDIZATION_BATCHES)
-        standardization.fit(islice(self._training_features(), STANDARDIZATION_BATCHES))
-
-    def _training_features(self) -> Iterator[list[Tensor]]:
-        """Yield backbone features of the training set, in the trainer's batches."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        loader: Any = (
-            self.trainer.fit_loop._data_source.instance if datamodule is None else datamodule.train_dataloader()
-        )
-        for batch in loader:
-            image = batch.image.to(self.device)
-            if isinstance(self.pre_processor, PreProcessor) and self.pre_processor.transform is not None:
-                image = self.pre_processor.transform(image)
-            yield self.model.backbone(image)
-
-    def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Reconstruct a batch of good images ``(B, 3, H, W)`` and return the loss."""
-        del args, kwargs  # the trainer's batch index is not needed
-        image = cast("Tensor", batch.image)
-        loss = self.loss(*self.model.reconstruct(image))
-        self.log("train_loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=len(image))
-        return {"loss": loss}
-
-    def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Add anomaly map and score to a batch, for anomalib's thresholds."""
-        del args, kwargs
-        return batch.update(**self.model(batch.image)._asdict())
-
-    @property
-    def trainer_arguments(self) -> dict[str, Any]:
-        """Arguments that win over the trainer's: gradient clipping, and `max_epochs` if it was given."""
-        arguments: dict[str, Any] = {"gradient_clip_val": GRADIENT_CLIP, "num_sanity_val_steps": 0}
-        if self.max_epochs is not None:
-            arguments["max_epochs"] = self.max_epochs
-        return arguments
-
-    @property
-    def learning_type(self) -> LearningType:
-        """One-class: good images only."""
-        return LearningType.ONE_CLASS
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture before its weights fail to fit.
-
-        Raises:
-            ValueError: If an architecture argument differs; the message lists them.
-        """
-        saved = checkpoint.get("hyper_parameters", {})
-        differences = [
-            f"{name}: checkpoint {_plain(saved[name])}, model {_plain(self.hparams[name])}"
-            for name in ARCHITECTURE
-            if name in saved and _plain(saved[name]) != _plain(self.hparams[name])
-        ]
-        if differences:
-            msg = f"The checkpoint was trained with another configuration ({'; '.join(differences)}). Set the same."
-            raise ValueError(msg)
-        super().on_load_checkpoint(checkpoint)
-
-    @classmethod
-    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> "UniAS":
-        """Load a model from a checkpoint; the checkpoint holds the backbone, so nothing is downloaded.
-
-        Arguments as for :meth:`anomalib.models.AnomalibModule.load_from_checkpoint`.
-        """
-        kwargs.setdefault("pre_trained", False)
-        kwargs.setdefault("weights", None)
-        return super().load_from_checkpoint(*args, **kwargs)  # type: ignore[return-value]
-
-
-def _image_size(image_size: Sequence[int]) -> tuple[int, int]:
-    if isinstance(image_size, str) or len(image_size) != 2:
-        msg = f"image_size must be (height, width), got {image_size!r}."
-        raise ValueError(msg)
-    return int(image_size[0]), int(image_size[1])
-
-
-def _validate_choices(*, cosine_term: str, score: str, lr_schedule: str) -> None:
-    """Reject misspelt choices where no type checker or command line has (the benchmark's YAML)."""
-    for name, value, known in (
-        ("cosine_term", cosine_term, ("distance", "release")),
-        ("score", score, ("std", "max", "top")),
-        ("lr_schedule", lr_schedule, ("step", "onecycle")),
-    ):
-        if value not in known:
-            msg = f"{name} must be one of {', '.join(known)}, got {value!r}."
-            raise ValueError(msg)
-
-
-def _plain(value: Any) -> Any:
-    """Make sequences comparable: a YAML file gives a list where the constructor makes a tuple."""
-    return tuple(value) if isinstance(value, (list, tuple)) else value
+    def configure_post_processor(self) -> PostProcessor:
+        """Return anomalib's thresholds and normalisation, on a scale that suits products."""
+        return ProductMapPostProcessor()

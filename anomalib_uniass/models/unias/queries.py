@@ -32,8 +32,8 @@ class GatedQueryGenerator(nn.Module):
         spatial = self.spatial_gate(feature).flatten(1).repeat(1, 2)[..., None]  # (B, 2N, 1)
         queries = channel * self.bank.weight + spatial * self.bank.weight  # (B, 2N, D)
         # Row-major reshape: a channel's 2N values become two maps, one for each half of the bank.
-        maps = queries.transpose(1, 2).reshape(len(queries), -1, *self.grid_size)  # (B, 2D, h, w)
-        return self.mgg_cnn(maps).flatten(2).transpose(1, 2)
+        maps = queries.mT.reshape(-1, 2 * queries.shape[2], *self.grid_size)  # (B, 2D, h, w)
+        return self.mgg_cnn(maps).flatten(2).mT
 
 
 class ChannelGate(nn.Module):

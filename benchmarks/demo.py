@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo of `make demo`: train, test, export and predict through the stock anomalib command, then compare.
+
+Runs each command in the current folder and says it first, so that it can be repeated by hand. Timings and figures go to
+``results/demo.json``, a sheet with a prediction of each category to ``results/demo.png``.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+RESULTS = Path("results")
+BANK_LAYERS = ["blocks.2", "blocks.4"]  # strides 8 and 16
+BANK_SHARE = 0.005
+M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=CONFIG, help="configuration of model, data and trainer")
+    config_path = parser.parse_args().config.resolve()
+    config = yaml.safe_load(config_path.read_text())
+    start = time.monotonic()
+
+    heading(1, "Train UniAS on all categories, test it, write the table and the pictures")
+    anomalib("train", "--config", str(config_path))
+    run = max((RESULTS / "UniAS").glob("*/v*"), key=lambda folder: folder.stat().st_mtime)
+    checkpoint = run / "weights" / "lightning" / "model.ckpt"
+    trained = time.monotonic() - start
+
+    heading(2, "Export to OpenVINO")
+    anomalib(
+        "export", "--model", "UniAS", "--model.pre_trained", "false", "--export_type", "openvino",
+        "--ckpt_path", str(checkpoint), "--export_root", str(run),
+    )  # fmt: skip
+    exported = run / "weights" / "openvino" / "model.xml"
+
+    heading(3, "Predict one image with anomalib's OpenVINOInferencer")
+    image = next(Path(config["data"]["init_args"]["root"]).glob("solar_mono/test/inactive/*.png"))
+    score = predict(exported, image)
+    print(f"{image}: score {score:.3f} in [0, 1], threshold 0.5")
+
+    heading(4, "Compare with the untrained model and with a memory bank (Patchcore) on the same backbone")
+    table = json.loads((run / "metrics" / "per_category.json").read_text())
+    rows = {
+        "UniAS, untrained": untrained_pixel_ap(config),
+        "Patchcore, one bank": bank_pixel_ap(config),
+        "UniAS, trained": table["mean"]["pixel_AP"],
+    }
+    picture = draw_sheet(run / "images", table["categories"], RESULTS / "demo.png")
+    # The README's picture: the photographs are in the public domain, the solar cells are not.
+    draw_sheet(run / "images", ("brick", "coins", "gravel"), RESULTS / "demo_photographs.png")
+    report = {
+        "pixel_ap_percent": {name: round(100 * value, 2) for name, value in rows.items()},
+        "seconds": {"train_and_test": round(trained), "all": round(time.monotonic() - start)},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "versions": {name: version(name) for name in ("anomalib-uniass", "anomalib", "torch", "openvino")},
+    }
+    (RESULTS / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
+
+    heading(5, "Results")
+    for name, value in report["pixel_ap_percent"].items():
+        print(f"  {name:<20} mean pixel AP {value:6.2f} %")
+    print(f"\n  Table      {run}/metrics/per_category.csv (and .json)")
+    print(f"  Pictures   {run}/images, one sheet of them in {picture}")
+    print(f"  Checkpoint {checkpoint}")
+    print(f"  OpenVINO   {exported}")
+    print(f"  Figures    {RESULTS}/demo.json ({report['seconds']['all']} s in all on {report['machine']})")
+
+
+def heading(number: int, text: str) -> None:
+    """Announce a step."""
+    print(f"\n=== {number}. {text}", flush=True)
+
+
+def anomalib(*arguments: str) -> None:
+    """Run the stock console script that stands beside this Python, saying so."""
+    script = shutil.which("anomalib", path=str(Path(sys.executable).parent))
+    if script is None:
+        sys.exit(f"No anomalib command beside {sys.executable}: run `make demo`, or install anomalib.")
+    print("$ anomalib", *arguments, flush=True)
+    subprocess.run([script, *arguments], check=True)
+
+
+def predict(model: Path, image: Path) -> float:
+    """Return the normalised image score of one image; float32, for many CPUs take bfloat16 unasked."""
+    from anomalib.deploy import OpenVINOInferencer
+
+    inferencer = OpenVINOInferencer(model, device="CPU", config={"INFERENCE_PRECISION_HINT": "f32"})
+    return float(inferencer.predict(image).pred_score.item())
+
+
+def untrained_pixel_ap(config: dict[str, Any]) -> float:
+    """Return the mean pixel AP of the model as it starts."""
+    from anomalib_uniass import UniAS
+
+    return pixel_ap(UniAS(**config["model"]["init_args"], visualizer=False), config, fit=False)
+
+
+def bank_pixel_ap(config: dict[str, Any]) -> float:
+    """Return the mean pixel AP of one Patchcore for all categories, on the same backbone and weights."""
+    from anomalib.models import Patchcore
+    from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+    from anomalib_uniass.components.backbone import FeaturePyramid
+    from anomalib_uniass.components.backbone_weights import load_backbone_weights
+
+    arguments = config["model"]["init_args"]
+    backbone = arguments["backbone"]
+    if sys.platform == "linux":
+        # Patchcore's coreset selection fragments glibc's heap by gigabytes unless large blocks get maps of their own.
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1_000_000)
+    pyramid = FeaturePyramid(backbone, pre_trained=False)
+    pre_processor = Patchcore.configure_pre_processor((224, 224))
+    pre_processor.transform = Compose([Resize((224, 224), antialias=True), Normalize(pyramid.mean, pyramid.std)])
+    bank = Patchcore(
+        backbone=backbone,
+        layers=BANK_LAYERS,
+        pre_trained=False,
+        coreset_sampling_ratio=BANK_SHARE,
+        pre_processor=pre_processor,
+        visualizer=False,
+    )
+    load_backbone_weights(bank.model.feature_extractor.feature_extractor, backbone, arguments["weights"])
+    return pixel_ap(bank, config, fit=True)
+
+
+def pixel_ap(model: Any, config: dict[str, Any], *, fit: bool) -> float:
+    """Test a model on the demo's data and return its mean pixel AP, in [0, 1]."""
+    from anomalib.engine import Engine
+
+    from anomalib_uniass import InspectionSample
+
+    datamodule = InspectionSample(**config["data"]["init_args"])
+    engine = Engine(default_root_dir=RESULTS / "demo_baselines", accelerator="cpu")
+    if fit:
+        engine.fit(model, datamodule=datamodule)
+    (metrics,) = engine.test(model, datamodule=datamodule, verbose=False)
+    return float(metrics["mean_pixel_AP"])
+
+
+def draw_sheet(images: Path, categories: Iterable[str], target: Path, *, height: int = 256) -> Path:
+    """Stack one picture of a defect per category: image, mask, anomaly map, predicted mask."""
+    from PIL import Image
+
+    rows = []
+    for category in categories:
+        pictures = sorted(path for path in (images / category).glob("test/*/*.png") if path.parent.name != "good")
+        picture = Image.open(pictures[len(pictures) // 2]).convert("RGB")
+        rows.append(picture.resize((height * picture.width // picture.height, height)))
+    sheet = Image.new("RGB", (max(row.width for row in rows), height * len(rows)))
+    for i, row in enumerate(rows):
+        sheet.paste(row, (0, i * height))
+    sheet.save(target)
+    return target
+
+
+if __name__ == "__main__":
+    main()
