@@ -69,12 +69,14 @@ class ReconstructionMixin(Base):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and the chosen schedule ."""
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay)
-        if self.hparams.lr_schedule == "step":
-            step = StepLR(optimizer, step_size=self.hparams.lr_step_epochs, gamma=0.1)
+        optimizer = torch.optim.AdamW(
+            trainable, lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"]
+        )
+        if self.hparams["lr_schedule"] == "step":
+            step = StepLR(optimizer, step_size=self.hparams["lr_step_epochs"], gamma=0.1)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": step, "interval": "epoch"}}
         steps = int(self.trainer.estimated_stepping_batches)
-        one_cycle = OneCycleLR(optimizer, max_lr=self.hparams.learning_rate, total_steps=steps, pct_start=0.1)
+        one_cycle = OneCycleLR(optimizer, max_lr=self.hparams["learning_rate"], total_steps=steps, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": one_cycle, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -124,8 +126,8 @@ class ReconstructionMixin(Base):
     def trainer_arguments(self) -> dict[str, Any]:
         """Arguments that win over the trainer's: gradient clipping, and `max_epochs` if it was given."""
         arguments: dict[str, Any] = {"gradient_clip_val": GRADIENT_CLIP, "num_sanity_val_steps": 0}
-        if self.hparams.max_epochs is not None:
-            arguments["max_epochs"] = self.hparams.max_epochs
+        if self.hparams["max_epochs"] is not None:
+            arguments["max_epochs"] = self.hparams["max_epochs"]
         return arguments
 
     @property
@@ -150,7 +152,7 @@ class ReconstructionMixin(Base):
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
 
-    def to_onnx(
+    def to_onnx(  # type: ignore[override]  # anomalib's signature, not Lightning's
         self,
         export_root: Path | str,
         model_file_name: str = "model",
@@ -165,7 +167,7 @@ class ReconstructionMixin(Base):
         return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
 
     @classmethod
-    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> AnomalibModule:
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> AnomalibModule:  # type: ignore[override]
         """Load a model from a checkpoint; the checkpoint holds the backbone, so nothing is downloaded.
 
         Arguments as for :meth:`anomalib.models.AnomalibModule.load_from_checkpoint`.
