@@ -83,7 +83,8 @@ def test_short_names_train_resume_test_export_and_predict(anomalib: Anomalib, tm
     data = ["--data", "Unified", "--data.source", "MVTecAD", "--data.root", "parts", *SMALL_DATA]
     anomalib("fit", *model, *data, *ONE_EPOCH)
     checkpoint = "results/UniAS/parts/v0/weights/lightning/model.ckpt"
-    anomalib("fit", *model, *data, "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--ckpt_path", checkpoint)
+    two_epochs = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"]
+    anomalib("fit", *model, *data, *two_epochs, "--ckpt_path", checkpoint)
     longer = tmp_path / "results/UniAS/parts/v1/weights/lightning/model.ckpt"
     assert torch.load(longer, weights_only=False)["epoch"] == 1
     anomalib("test", *model, *data, "--ckpt_path", str(longer))
@@ -106,7 +107,8 @@ def test_short_names_train_resume_test_export_and_predict(anomalib: Anomalib, tm
 
 def test_single_category_of_anomalib(anomalib: Anomalib, tmp_path: Path) -> None:
     make_mvtec_layout(tmp_path / "mvtec", ["bottle"], train=4, good=2, defective=2)
-    anomalib("train", "--model", "UniAS", "--model.backbone", "resnet18", "--data", "MVTecAD", "--data.root", "mvtec", *QUICK)
+    data = ["--data", "MVTecAD", "--data.root", "mvtec"]
+    anomalib("train", "--model", "UniAS", "--model.backbone", "resnet18", *data, *QUICK)
     assert list(table(tmp_path / "results/UniAS/MVTecAD/bottle/v0")) == ["bottle"]
 
 

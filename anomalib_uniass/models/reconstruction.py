@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from anomalib_uniass.components.pre_processor import AntialiasedPreProcessor
 from anomalib_uniass.metrics import CategoryMetricsCallback
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class ReconstructionMixin(Base):
             std: Normalisation standard deviation, likewise.
         """
         resize = Resize(image_size or (224, 224), antialias=True)
-        return PreProcessor(transform=Compose([resize, Normalize(mean=list(mean), std=list(std))]))
+        return AntialiasedPreProcessor(Compose([resize, Normalize(mean=list(mean), std=list(std))]))
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Put the per-category metrics before anomalib's callbacks: they need maps that are not normalised yet."""

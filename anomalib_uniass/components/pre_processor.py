@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Resizing that is the same computation in training, testing and the exported graph."""
+
+from typing import cast
+
+import torch
+from anomalib.pre_processing import PreProcessor
+from torch import Tensor
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+
+class AntialiasedPreProcessor(PreProcessor):
+    """Antialiased bilinear resize and normalisation, exported as they are: ``(B, 3, H, W) -> (B, 3, h, w)``.
+
+    anomalib drops the antialiasing on export, because ONNX and OpenVINO have no such operator; predictions on large
+    images then differ from those that were tested. Here the exported graph holds the resize as two products with
+    triangle-filter matrices, which are computed from the size of the input.
+
+    Args:
+        transform: A resize to (height, width) with antialiasing, then a normalisation.
+
+    Raises:
+        ValueError: If `transform` is anything else.
+    """
+
+    def __init__(self, transform: Compose) -> None:
+        steps = transform.transforms if isinstance(transform, Compose) else []
+        if [type(step) for step in steps] != [Resize, Normalize] or len(steps[0].size) != 2:
+            msg = f"AntialiasedPreProcessor takes Compose([Resize((height, width)), Normalize(...)]), got {transform}."
+            raise ValueError(msg)
+        super().__init__(transform)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """Resize and normalise RGB images in [0, 1]; used by inferencers and exported graphs."""
+        resize, normalize = cast("Compose", self.transform).transforms
+        return normalize(antialiased_resize(batch, resize.size))
+
+
+def antialiased_resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize ``(B, C, H, W)`` bilinearly with antialiasing, as torchvision does, by matrix products alone."""
+    rows = _triangle_filter(x[0, 0, :, 0], size[0])
+    columns = _triangle_filter(x[0, 0, 0, :], size[1])
+    return rows @ x @ columns.T
+
+
+def _triangle_filter(axis: Tensor, size: int) -> Tensor:
+    """Return the weights ``(size, n)`` that resample an axis of n pixels; tensors only, for n may be symbolic."""
+    positions = torch.ones_like(axis).cumsum(0) - 0.5
+    scale = (positions[-1] + 0.5) / size
+    centers = (torch.arange(size, dtype=axis.dtype, device=axis.device) + 0.5) * scale
+    support = scale.clamp_min(1)
+    weights = (1 - (positions - centers[:, None]).abs() / support).clamp_min(0)
+    return weights / weights.sum(dim=1, keepdim=True)
