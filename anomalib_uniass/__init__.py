@@ -5,6 +5,7 @@ Importing the package registers its models and datamodules with anomalib; nothin
 """
 
 from anomalib_uniass.data import InspectionSample, MVTec, Unified, VisA
+from anomalib_uniass.models.uniad.lightning_model import UniAD
 from anomalib_uniass.models.unias.lightning_model import UniAS
 from anomalib_uniass.models.unias.official import convert_official_state_dict, load_official_checkpoint
 from anomalib_uniass.registration import register
@@ -12,6 +13,7 @@ from anomalib_uniass.registration import register
 __all__ = [
     "InspectionSample",
     "MVTec",
+    "UniAD",
     "UniAS",
     "Unified",
     "VisA",

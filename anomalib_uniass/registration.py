@@ -16,7 +16,7 @@ from importlib import import_module
 from types import ModuleType
 
 PLUGIN = "anomalib_uniass"
-MODELS = ("UniAS",)
+MODELS = ("UniAS", "UniAD")
 # Kept equal to _anomalib_uniass_autoload.DATAMODULES by a test.
 DATAMODULES = ("MVTec", "VisA", "Unified", "InspectionSample")
 

@@ -41,13 +41,17 @@ def test_datamodule_is_a_subclass(datamodule: type) -> None:
 
 def test_list_models() -> None:
     assert set(registration.MODELS) <= list_models("pascal")
-    assert "uni_a_s" in list_models()
+    assert {"uni_a_s", "uni_a_d"} <= list_models()
 
 
 @pytest.mark.usefixtures("empty_constructors")
-@pytest.mark.parametrize("name", ["unias", "UniAS", "uni_as", "uni_a_s"])
-def test_get_model_by_name(name: str) -> None:
-    assert type(get_model(name)) is anomalib_uniass.UniAS
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [("UniAS", ["unias", "UniAS", "uni_as", "uni_a_s"]), ("UniAD", ["uniad", "UniAD", "uni_ad", "uni_a_d"])],
+)
+def test_get_model_by_name(model: str, names: list[str]) -> None:
+    for name in names:
+        assert type(get_model(name)) is getattr(anomalib_uniass, model)
 
 
 @pytest.mark.usefixtures("empty_constructors")

@@ -65,3 +65,24 @@ class FeedForwardLayer(nn.Module):
         """Transform and add."""
         hidden = self.dropout(self.activation(self.linear1(tokens)))
         return self.norm(tokens + self.dropout(self.linear2(hidden)))
+
+
+class EncoderLayer(nn.Module):
+    """DETR's post-norm encoder layer: ``(B, N, D) -> (B, N, D)``; query and key carry the position, value does not."""
+
+    def __init__(self, dim: int, *, heads: int, feedforward_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attention = AttentionLayer(dim, heads=heads, dropout=dropout)
+        self.feed_forward = FeedForwardLayer(dim, hidden_dim=feedforward_dim, dropout=dropout)
+
+    def forward(self, tokens: Tensor, *, position: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend over the whole map or what the mask leaves of it, then transform every token.
+
+        Args:
+            tokens: Tokens ``(B, N, D)``.
+            position: Position encoding ``(N, D)``.
+            mask: Boolean ``(N, N)``, True = may NOT attend.
+        """
+        positioned = tokens + position
+        tokens = self.self_attention(tokens, query=positioned, key=positioned, mask=mask)
+        return self.feed_forward(tokens)

@@ -100,12 +100,19 @@ class ReconstructionMixin(Base):
                 image = self.pre_processor.transform(image)
             yield self.model.backbone(image)
 
-    def check_input_size(self, image_size: tuple[int, int]) -> None:
-        """Refuse a pre-processor that resizes to something else.
+    def complete_pre_processor(self, choice: PreProcessor | bool, image_size: tuple[int, int]) -> None:
+        """Make the default pre-processor with the backbone's statistics; refuse one that resizes to something else.
+
+        Args:
+            choice: The constructor's argument.
+            image_size: Height and width the model works at.
 
         Raises:
-            ValueError: If it does.
+            ValueError: If the pre-processor makes images of another size.
         """
+        if choice is True:
+            pyramid = self.model.backbone
+            self.pre_processor = self.configure_pre_processor(image_size, mean=pyramid.mean, std=pyramid.std)
         if self.pre_processor is not None and self.input_size not in (None, image_size):
             msg = f"The pre-processor makes images of size {tuple(self.input_size)}, but image_size is {image_size}."
             raise ValueError(msg)

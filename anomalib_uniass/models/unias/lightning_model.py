@@ -131,10 +131,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         self.loss = ReconstructionLoss(
             weight=loss_weight, mse_weight=mse_weight, cosine_weight=cosine_weight, cosine_term=cosine_term
         )
-        if pre_processor is True:
-            pyramid = self.model.backbone
-            self.pre_processor = self.configure_pre_processor(image_size, mean=pyramid.mean, std=pyramid.std)
-        self.check_input_size(image_size)
+        self.complete_pre_processor(pre_processor, image_size)
 
     def configure_post_processor(self) -> PostProcessor:
         """Return anomalib's thresholds and normalisation, on a scale that suits products."""

@@ -5,8 +5,7 @@
 """
 
 import argparse
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,15 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from anomalib_uniass.components.backbone_weights import match_by_order
+from anomalib_uniass.models.conversion import OFFICIAL_BACKBONE, Rules, convert_state_dict, require, strip_module
 from anomalib_uniass.models.unias.lightning_model import UniAS
 
-OFFICIAL_BACKBONE = "tf_efficientnet_b4.aa_in1k"
-BACKBONE_PREFIX = "backbone."
 HEAD_PREFIX = "sem_seg_head."
 
 # Patterns of the release's names (behind its prefix) and ours, applied in turn.
 _ENCODER = r"^pixel_decoder\.transformer\.encoder\.layers\.(\d)\."
 _BLOCK = r"^predictor\.transformer_block\.(\d)\."
-_RULES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+_RULES: Rules = (
     (r"^pixel_decoder\.adapter_(\d)\.norm\.", lambda m: f"pixel_decoder.lateral_convs.{3 - int(m[1])}.1."),
     (r"^pixel_decoder\.adapter_(\d)\.", lambda m: f"pixel_decoder.lateral_convs.{3 - int(m[1])}.0."),
     (r"^pixel_decoder\.layer_4\.", "pixel_decoder.deepest_conv."),
@@ -76,32 +73,9 @@ def convert_official_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, T
     Raises:
         ValueError: If entries are unknown, missing or of another shape; the message lists them.
     """
-    official = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    official = strip_module(state_dict)
     expected = UniAS(**official_arguments(official)).model.state_dict()
-    converted: dict[str, Tensor] = {}
-    unknown: list[str] = []
-    backbone = {k.removeprefix(BACKBONE_PREFIX): v for k, v in official.items() if k.startswith(BACKBONE_PREFIX)}
-    for key, value in match_by_order(backbone, backbone=OFFICIAL_BACKBONE, source="the official backbone").items():
-        if (ours := f"backbone.network.{key}") in expected:  # what lies behind the last tap is not used
-            converted[ours] = value
-    for key, value in official.items():
-        if key.startswith(BACKBONE_PREFIX):
-            continue
-        ours = _rename(key.removeprefix(HEAD_PREFIX)) if key.startswith(HEAD_PREFIX) else key
-        if ours in expected:
-            converted[ours] = value
-        else:
-            unknown.append(key)
-    missing = sorted(expected.keys() - converted.keys())
-    misshapen = [
-        f"{key}: {tuple(value.shape)} instead of {tuple(expected[key].shape)}"
-        for key, value in converted.items()
-        if value.shape != expected[key].shape
-    ]
-    if unknown or missing or misshapen:
-        msg = f"Not a UniAS state dict. Unknown: {unknown}. Missing (our names): {missing}. Misshapen: {misshapen}."
-        raise ValueError(msg)
-    return converted
+    return convert_state_dict(official, expected=expected, prefix=HEAD_PREFIX, rules=_RULES, release="UniAS")
 
 
 def official_arguments(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -112,10 +86,7 @@ def official_arguments(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     projection = f"{HEAD_PREFIX}pixel_decoder.input_proj.weight"
     linear = f"{HEAD_PREFIX}pixel_decoder.transformer.encoder.layers.0.linear1.weight"
-    absent = [key for key in (projection, linear) if key not in state_dict]
-    if absent:
-        msg = f"Not an official UniAS state dict. Missing: {absent}; its first keys are {list(state_dict)[:3]}."
-        raise ValueError(msg)
+    require(state_dict, [projection, linear], release="UniAS")
     return {
         "backbone": OFFICIAL_BACKBONE,
         "pre_trained": False,
@@ -133,15 +104,9 @@ def load_official_checkpoint(path: str | Path) -> UniAS:
     """
     content = torch.load(path, map_location="cpu", weights_only=True)
     state_dict = content.get("state_dict", content)
-    model = UniAS(**official_arguments({key.removeprefix("module."): value for key, value in state_dict.items()}))
+    model = UniAS(**official_arguments(strip_module(state_dict)))
     model.model.load_state_dict(convert_official_state_dict(state_dict))
     return model
-
-
-def _rename(key: str) -> str:
-    for pattern, replacement in _RULES:
-        key = re.sub(pattern, replacement, key)
-    return key
 
 
 def main() -> None:

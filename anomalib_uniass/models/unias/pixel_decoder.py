@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass.components.position_encoding import sine_position_encoding_2d
-from anomalib_uniass.components.transformer import AttentionLayer, FeedForwardLayer
+from anomalib_uniass.components.transformer import EncoderLayer
 
 NORM_GROUPS = 32
 
@@ -83,18 +83,3 @@ class FPNPixelDecoder(nn.Module):
             y = output_conv(lateral_conv(x) + upsampled)
             memory.append(y)
         return memory
-
-
-class EncoderLayer(nn.Module):
-    """DETR's post-norm encoder layer: ``(B, N, D) -> (B, N, D)``; query and key carry the position, value does not."""
-
-    def __init__(self, dim: int, *, heads: int, feedforward_dim: int, dropout: float) -> None:
-        super().__init__()
-        self.self_attention = AttentionLayer(dim, heads=heads, dropout=dropout)
-        self.feed_forward = FeedForwardLayer(dim, hidden_dim=feedforward_dim, dropout=dropout)
-
-    def forward(self, tokens: Tensor, *, position: Tensor) -> Tensor:
-        """Attend over the whole map, then transform every token."""
-        positioned = tokens + position
-        tokens = self.self_attention(tokens, query=positioned, key=positioned)
-        return self.feed_forward(tokens)

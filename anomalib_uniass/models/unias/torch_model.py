@@ -13,14 +13,14 @@ from anomalib_uniass.components.backbone import FeaturePyramid
 from anomalib_uniass.components.feature_jitter import FeatureJitter
 from anomalib_uniass.components.gaussian_split import GaussianFrequencySplit
 from anomalib_uniass.components.mgg_cnn import MultiGranularityGatedCNN
+from anomalib_uniass.components.seeding import seeded
 from anomalib_uniass.components.standardization import FeatureStandardization
+from anomalib_uniass.components.token_grid import check_image_size, token_grid
 from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, ImageScore, image_score
 from anomalib_uniass.models.unias.decoder import SourceEmbedding, SpatialChannelDecoder
 from anomalib_uniass.models.unias.heads import ReconstructionHead
 from anomalib_uniass.models.unias.pixel_decoder import NORM_GROUPS, FPNPixelDecoder
 from anomalib_uniass.models.unias.queries import GatedQueryGenerator
-
-STRIDE = 16
 
 
 class Reconstruction(NamedTuple):
@@ -76,9 +76,7 @@ class UniASModel(nn.Module):
         self.image_size = image_size
         self.score: ImageScore = score
 
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.backbone = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights)
             channels = self.backbone.channels  # fine to coarse
             self.standardization = FeatureStandardization(channels) if standardize_features else None
@@ -133,9 +131,7 @@ class UniASModel(nn.Module):
         Raises:
             ValueError: If the images have another size than the model was built for.
         """
-        if not torch.compiler.is_compiling() and tuple(image.shape[-2:]) != self.image_size:
-            msg = f"Expected images of size {self.image_size}, got {tuple(image.shape[-2:])}: set `image_size`."
-            raise ValueError(msg)
+        check_image_size(image, self.image_size)
         return self.reconstruct_features(self.backbone(image))
 
     def reconstruct_features(self, features: Sequence[Tensor]) -> Reconstruction:
@@ -176,14 +172,10 @@ class UniASModel(nn.Module):
 
 def _validate_sizes(image_size: tuple[int, int], *, hidden_dim: int, channel_branch: bool) -> tuple[int, int]:
     """Return the token grid, or say which size is at fault."""
-    height, width = image_size
-    if height < STRIDE or width < STRIDE or height % STRIDE or width % STRIDE:
-        msg = f"image_size must hold multiples of {STRIDE}, got {image_size}."
-        raise ValueError(msg)
+    grid_size = token_grid(image_size)
     if hidden_dim < NORM_GROUPS or hidden_dim % NORM_GROUPS:
         msg = f"hidden_dim must be a multiple of {NORM_GROUPS} (group norm), got {hidden_dim}."
         raise ValueError(msg)
-    grid_size = (height // STRIDE, width // STRIDE)
     tokens = grid_size[0] * grid_size[1]
     heads = 4
     if channel_branch and tokens % heads:

