@@ -103,6 +103,8 @@ class UniASModel(nn.Module):
             )
             self.anomaly_map = AnomalyMapGenerator(image_size)
             self._reset_parameters()
+        # The layout that tokens have when they are viewed as maps; convolutions then need not reorder their inputs.
+        self.to(memory_format=torch.channels_last)
 
     def _reset_parameters(self) -> None:
         """Initialise as the release does; the pixel decoder and the heads look after themselves."""
@@ -132,7 +134,7 @@ class UniASModel(nn.Module):
             ValueError: If the images have another size than the model was built for.
         """
         check_image_size(image, self.image_size)
-        return self.reconstruct_features(self.backbone(image))
+        return self.reconstruct_features(self.backbone(image.contiguous(memory_format=torch.channels_last)))
 
     def reconstruct_features(self, features: Sequence[Tensor]) -> Reconstruction:
         """Reconstruct backbone features.
