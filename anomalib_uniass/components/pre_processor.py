@@ -33,7 +33,9 @@ class AntialiasedPreProcessor(PreProcessor):
     def forward(self, batch: Tensor) -> Tensor:
         """Resize and normalise RGB images in [0, 1]; used by inferencers and exported graphs."""
         resize, normalize = cast("Compose", self.transform).transforms
-        return normalize(antialiased_resize(batch, resize.size))
+        # The other way round is the same (both are affine), but OpenVINO 2026.4 cannot compile it for fixed sizes: it
+        # fuses the normalisation into the products.
+        return antialiased_resize(normalize(batch), resize.size)
 
 
 def antialiased_resize(x: Tensor, size: tuple[int, int]) -> Tensor:

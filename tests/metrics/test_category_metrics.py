@@ -155,6 +155,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_nccl_gathers_cpu_states(tmp_path: Path) -> None:
     metric = CategoryMetrics(["a"])
     metric.update(*random_batch(0, ["a"] * 4))

@@ -22,13 +22,19 @@ def test_resize_equals_torchvision_with_antialiasing(size: tuple[int, int]) -> N
     torch.testing.assert_close(AntialiasedPreProcessor(TRANSFORM)(x), TRANSFORM(x), atol=5e-5, rtol=0)
 
 
-def test_exported_graph_takes_any_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dynamic_axes", "sizes"),
+    [((0, 2, 3), [(200, 150), (64, 96), (50, 300)]), ((0,), [(200, 150)])],
+    ids=["any size", "any batch, fixed size"],
+)
+def test_exported_graph(tmp_path: Path, dynamic_axes: tuple[int, ...], sizes: list[tuple[int, int]]) -> None:
     module = AntialiasedPreProcessor(TRANSFORM).eval()
     path = tmp_path / "resize.onnx"
-    dynamic = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
-    torch.onnx.export(module, (torch.rand(2, 3, 32, 32),), path, dynamo=True, dynamic_shapes=(dynamic,), verbose=False)
+    dynamic = {axis: torch.export.Dim(f"axis_{axis}") for axis in dynamic_axes}
+    example = torch.rand(2, 3, *sizes[0])
+    torch.onnx.export(module, (example,), path, dynamo=True, dynamic_shapes=(dynamic,), verbose=False)
     compiled = ov.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    for size in ((200, 150), (64, 96), (50, 300)):
+    for size in sizes:
         x = torch.rand(1, 3, *size)
         np.testing.assert_allclose(compiled(x.numpy())[0], TRANSFORM(x), atol=1e-4)
 
