@@ -19,8 +19,8 @@ COUNTS = ("n_images", "n_anomalous")
 class CategoryMetrics(Metric):
     """Pixel AP, DSC, F1-max, AUPRO, pixel and image AUROC of every category, and the mean over categories.
 
-    The protocol of the UniAS evaluation (WACV 2025, section 4 and release): every category is scored over all its
-    test images on raw maps; the reported value is the plain mean over categories.
+    The protocol of the UniAS release's evaluation: every category is scored over all its test images on raw maps; the
+    reported value is the plain mean over categories.
 
     States are tensors that torchmetrics gathers across ranks, kept on the CPU: 5 bytes per pixel. With a sampler that
     pads the test set (PyTorch's `DistributedSampler`) repeated images are counted as often as they were seen.

@@ -79,7 +79,3 @@ def write_table(
     }
     json_path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return csv_path, json_path
-
-
-def _nan_to_none(row: dict[str, float]) -> dict[str, float | None]:
-    return {key: None if math.isnan(value) else value for key, value in row.items()}
