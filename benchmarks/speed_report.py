@@ -71,7 +71,7 @@ class Report:
         self.results[section] = result
         self.results["summary"] = summary(self.results)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.with_suffix(".json").write_text(json.dumps(self.results, indent=2) + "\n")
+        self.path.with_suffix(".json").write_text(json.dumps(self.results, indent=2, allow_nan=False) + "\n")
         self.path.with_suffix(".md").write_text(markdown(self.results))
 
     def skip(self, what: str, reason: str | Exception) -> None:
