@@ -59,6 +59,10 @@ def test_inference_uses_constants_that_follow_the_parameters() -> None:
         head.convs[2].bias.add_(1)  # in place, without any call that announces it
         torch.testing.assert_close(head(x), head.plain(x), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(copy.deepcopy(head)(x), head.plain(x), rtol=1e-4, atol=1e-5)
+        for scale in (2, 3):
+            weights = {name: value * scale for name, value in other.state_dict().items()}
+            head.load_state_dict(weights, assign=True)
+            torch.testing.assert_close(head(x), head.plain(x), rtol=1e-4, atol=1e-3)
 
 
 def test_training_chooses_by_cost_and_learns_the_same() -> None:

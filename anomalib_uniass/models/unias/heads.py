@@ -53,7 +53,7 @@ class ReconstructionHead(nn.Module):
         self._plain_cost, self._folded_cost = plain_cost(*sizes), folded_cost(*sizes)
         self._folding_cost = folding_cost(hidden_dim, out_channels)
         self._folds_ahead = FOLD_GAIN * self._folded_cost < self._plain_cost
-        self.register_load_state_dict_post_hook(lambda head, _: head.fold_ahead())
+        self.register_load_state_dict_post_hook(_fold_anew)
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct the features of the level, by the cheaper form."""
@@ -97,3 +97,9 @@ class ReconstructionHead(nn.Module):
         if not mode:
             self.fold_ahead()
         return self
+
+
+def _fold_anew(head: ReconstructionHead, _: object) -> None:
+    """Fold after a state dict was loaded: parameters that were assigned, not copied, start at an old version."""
+    head._folded_version = None
+    head.fold_ahead()
