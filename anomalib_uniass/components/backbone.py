@@ -43,9 +43,8 @@ class FeaturePyramid(nn.Module):
     def __init__(self, backbone: str, *, pre_trained: bool = True, weights: str | Path | None = None) -> None:
         super().__init__()
         if not timm.is_model(backbone):
-            close = timm.list_models(f"*{backbone}*")[:5] or difflib.get_close_matches(
-                backbone, timm.list_models(), n=5
-            )
+            known = timm.list_models()
+            close = [name for name in known if backbone in name][:5] or difflib.get_close_matches(backbone, known, n=5)
             msg = f"backbone must be a timm model name, got {backbone!r}. Similar names: {', '.join(close) or 'none'}."
             raise ValueError(msg)
         network = _create_network(backbone, pre_trained=pre_trained and weights is None)

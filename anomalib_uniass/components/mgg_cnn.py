@@ -25,5 +25,5 @@ class MultiGranularityGatedCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add up the granularities."""
-        coarse_to_fine = [self.activation(chain(x)) for chain in self.chains]
-        return coarse_to_fine[0] + coarse_to_fine[1] + coarse_to_fine[2] + coarse_to_fine[3]
+        fine_to_coarse = [self.activation(chain(x)) for chain in self.chains]
+        return fine_to_coarse[0] + fine_to_coarse[1] + fine_to_coarse[2] + fine_to_coarse[3]

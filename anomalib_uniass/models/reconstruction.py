@@ -68,7 +68,7 @@ class ReconstructionMixin(Base):
         return [CategoryMetricsCallback(), *(callbacks if isinstance(callbacks, Sequence) else [callbacks])]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW and the chosen schedule ."""
+        """Return AdamW and the chosen schedule."""
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable, lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"]

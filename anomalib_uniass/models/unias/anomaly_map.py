@@ -24,7 +24,7 @@ class AnomalyMapGenerator(nn.Module):
         super().__init__()
         height, width = image_size
         self.fusion_size = (height // 2, width // 2)
-        # Deep levels are blocky only on their own grid; fine levels are noisy and take the wider blur.
+        # Coarse to fine, as in the release: the finer the level, the wider its blur.
         self.blurs = nn.ModuleList(GaussianBlur2d(sigma=k / 3, kernel_size=k) for k in (3, 5, 7, 9))
 
     def level_maps(self, reconstructions: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:

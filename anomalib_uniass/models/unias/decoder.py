@@ -3,7 +3,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from anomalib_uniass.components.mgg_cnn import MultiGranularityGatedCNN
@@ -12,6 +11,7 @@ from anomalib_uniass.components.position_encoding import sine_position_encoding_
 from anomalib_uniass.components.transformer import AttentionLayer, FeedForwardLayer
 
 LEVELS = 4
+HEADS = 4
 
 
 class SourceEmbedding(nn.Module):
@@ -63,7 +63,7 @@ class SpatialChannelDecoder(nn.Module):
         feedforward_dim: int,
         grid_size: tuple[int, int],
         channel_branch: bool = True,
-        heads: int = 4,
+        heads: int = HEADS,
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
@@ -174,4 +174,4 @@ class DecoderBranch(nn.Module):
 
 
 def _add(tokens: Tensor, embedding: Tensor | None) -> Tensor:
-    return tokens if embedding is None else torch.add(tokens, embedding)
+    return tokens if embedding is None else tokens + embedding

@@ -17,7 +17,7 @@ from anomalib_uniass.components.seeding import seeded
 from anomalib_uniass.components.standardization import FeatureStandardization
 from anomalib_uniass.components.token_grid import check_image_size, token_grid
 from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, ImageScore, image_score
-from anomalib_uniass.models.unias.decoder import SourceEmbedding, SpatialChannelDecoder
+from anomalib_uniass.models.unias.decoder import HEADS, SourceEmbedding, SpatialChannelDecoder
 from anomalib_uniass.models.unias.heads import ReconstructionHead
 from anomalib_uniass.models.unias.pixel_decoder import NORM_GROUPS, FPNPixelDecoder
 from anomalib_uniass.models.unias.queries import GatedQueryGenerator
@@ -179,10 +179,9 @@ def _validate_sizes(image_size: tuple[int, int], *, hidden_dim: int, channel_bra
         msg = f"hidden_dim must be a multiple of {NORM_GROUPS} (group norm), got {hidden_dim}."
         raise ValueError(msg)
     tokens = grid_size[0] * grid_size[1]
-    heads = 4
-    if channel_branch and tokens % heads:
+    if channel_branch and tokens % HEADS:
         msg = (
-            f"The channel branch splits the {grid_size[0]}x{grid_size[1]} = {tokens} tokens over {heads} heads, which "
+            f"The channel branch splits the {grid_size[0]}x{grid_size[1]} = {tokens} tokens over {HEADS} heads, which "
             f"does not come out even for image_size={image_size}. Take a size with an even number of 32-pixel steps, "
             "such as (224, 224) or (256, 256), or channel_branch=False."
         )
