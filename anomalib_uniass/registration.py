@@ -16,7 +16,7 @@ from importlib import import_module
 from types import ModuleType
 
 PLUGIN = "anomalib_uniass"
-MODELS = ("UniAS", "UniAD")
+MODELS = ("UniAS", "UniAD", "BoundedPatchcore")
 # Kept equal to _anomalib_uniass_autoload.DATAMODULES by a test.
 DATAMODULES = ("MVTec", "VisA", "Unified", "InspectionSample")
 

@@ -6,7 +6,6 @@ Runs each command in the current folder and says it first, so that it can be rep
 """
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -23,9 +22,7 @@ import yaml
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 RESULTS = Path("results")
-BANK_LAYERS = ["blocks.2", "blocks.4"]  # strides 8 and 16
-BANK_SHARE = 0.005
-M_MMAP_THRESHOLD = -3  # of malloc.h
+BANK = {"max_patches": 20_000, "coreset_size": 1_000}
 # Picked by hand; the photographs are in the public domain, the solar cells are not.
 SHOWN_PHOTOGRAPHS = ("brick/test/foreign/000.png", "coins/test/chip/000.png", "gravel/test/oil/003.png")
 SHOWN_SOLAR_CELLS = ("solar_mono/test/inactive/001.png", "solar_poly/test/chip/003.png")
@@ -114,31 +111,11 @@ def untrained_pixel_ap(config: dict[str, Any]) -> float:
 
 
 def bank_pixel_ap(config: dict[str, Any]) -> float:
-    """Return the mean pixel AP of one Patchcore for all categories, on the same backbone and weights."""
-    from anomalib.models import Patchcore
-    from torchvision.transforms.v2 import Compose, Normalize, Resize
+    """Return the mean pixel AP of one memory bank for all categories, on the same backbone and weights."""
+    from anomalib_uniass import BoundedPatchcore
 
-    from anomalib_uniass.components.backbone import FeaturePyramid
-    from anomalib_uniass.components.backbone_weights import load_backbone_weights
-
-    arguments = config["model"]["init_args"]
-    backbone = arguments["backbone"]
-    if sys.platform == "linux":
-        # Patchcore's coreset selection fragments glibc's heap by gigabytes unless large blocks get maps of their own.
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1_000_000)
-    pyramid = FeaturePyramid(backbone, pre_trained=False)
-    pre_processor = Patchcore.configure_pre_processor((224, 224))
-    pre_processor.transform = Compose([Resize((224, 224), antialias=True), Normalize(pyramid.mean, pyramid.std)])
-    bank = Patchcore(
-        backbone=backbone,
-        layers=BANK_LAYERS,
-        pre_trained=False,
-        coreset_sampling_ratio=BANK_SHARE,
-        pre_processor=pre_processor,
-        visualizer=False,
-    )
-    load_backbone_weights(bank.model.feature_extractor.feature_extractor, backbone, arguments["weights"])
-    return pixel_ap(bank, config, fit=True)
+    backbone = {name: config["model"]["init_args"][name] for name in ("backbone", "weights")}
+    return pixel_ap(BoundedPatchcore(**backbone, **BANK, visualizer=False), config, fit=True)
 
 
 def pixel_ap(model: Any, config: dict[str, Any], *, fit: bool) -> float:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stock command line, in this process: every shipped configuration, and the commands of the README."""
 
-import csv
 import json
 import shutil
 import subprocess
@@ -145,18 +144,3 @@ def test_console_script_knows_the_short_names(tmp_path: Path) -> None:
     command = [script, "train", *model, "--data", "MVTec", "--data.root", "mvtec", *QUICK]
     subprocess.run(command, cwd=tmp_path, check=True)
     assert (tmp_path / "results/UniAS/mvtec/v0/metrics/per_category.csv").is_file()
-
-
-def test_benchmark_compares_models_in_one_table(anomalib: Anomalib, tmp_path: Path) -> None:
-    make_mvtec_layout(tmp_path / "parts", ["bolt", "cap"], train=4, good=1, defective=1)
-    arguments = {"backbone": "resnet18", "pre_trained": False, "image_size": [128, 128], "hidden_dim": 32}
-    quick = {"max_epochs": 1, "visualizer": False, "evaluator": False}
-    models = [{"class_path": name, "init_args": arguments | quick} for name in ("UniAS", "UniAD")]
-    data = {"class_path": "Unified", "init_args": {"root": "parts", "num_workers": 0}}
-    config = {"accelerator": ["cpu"], "benchmark": {"seed": 42, "model": {"grid": models}, "data": data}}
-    (tmp_path / "benchmark.yaml").write_text(json.dumps(config))  # JSON is YAML
-    anomalib("benchmark", "--config", "benchmark.yaml")
-    with next(tmp_path.glob("runs/benchmark/*/results.csv")).open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["model.class_path"] for row in rows] == ["UniAS", "UniAD"]
-    assert all(0 < float(row["mean_pixel_AP"]) < 1 for row in rows)

@@ -41,13 +41,17 @@ def test_datamodule_is_a_subclass(datamodule: type) -> None:
 
 def test_list_models() -> None:
     assert set(registration.MODELS) <= list_models("pascal")
-    assert {"uni_a_s", "uni_a_d"} <= list_models()
+    assert {"uni_a_s", "uni_a_d", "bounded_patchcore"} <= list_models()
 
 
 @pytest.mark.usefixtures("empty_constructors")
 @pytest.mark.parametrize(
     ("model", "names"),
-    [("UniAS", ["unias", "UniAS", "uni_as", "uni_a_s"]), ("UniAD", ["uniad", "UniAD", "uni_ad", "uni_a_d"])],
+    [
+        ("UniAS", ["unias", "UniAS", "uni_as", "uni_a_s"]),
+        ("UniAD", ["uniad", "UniAD", "uni_ad", "uni_a_d"]),
+        ("BoundedPatchcore", ["boundedpatchcore", "BoundedPatchcore", "bounded_patchcore"]),
+    ],
 )
 def test_get_model_by_name(model: str, names: list[str]) -> None:
     for name in names:

@@ -34,6 +34,7 @@ class MVTec(Unified):
         val_split_mode: Where the validation images come from.
         val_split_ratio: Fraction of the split images, in (0, 1).
         seed: Seed of the split; None draws anew each time.
+        comparison: Folder of a comparison to which every tested model adds its row.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class MVTec(Unified):
         val_split_mode: ValSplitMode | str = ValSplitMode.FROM_TRAIN,
         val_split_ratio: float = 0.05,
         seed: int | None = 0,
+        comparison: Path | str | None = None,
     ) -> None:
         super().__init__(
             source="MVTecAD",
@@ -72,6 +74,7 @@ class MVTec(Unified):
             val_split_mode=val_split_mode,
             val_split_ratio=val_split_ratio,
             seed=seed,
+            comparison=comparison,
         )
 
 
@@ -99,6 +102,7 @@ class VisA(Unified):
         val_split_mode: Where the validation images come from.
         val_split_ratio: Fraction of the split images, in (0, 1).
         seed: Seed of the split; None draws anew each time.
+        comparison: Folder of a comparison to which every tested model adds its row.
     """
 
     def __init__(
@@ -119,6 +123,7 @@ class VisA(Unified):
         val_split_mode: ValSplitMode | str = ValSplitMode.FROM_TRAIN,
         val_split_ratio: float = 0.05,
         seed: int | None = 0,
+        comparison: Path | str | None = None,
     ) -> None:
         super().__init__(
             source="Visa",
@@ -137,4 +142,5 @@ class VisA(Unified):
             val_split_mode=val_split_mode,
             val_split_ratio=val_split_ratio,
             seed=seed,
+            comparison=comparison,
         )

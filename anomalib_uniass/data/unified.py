@@ -22,7 +22,7 @@ from anomalib_uniass.data.sources import (
     official_categories,
     present_categories,
 )
-from anomalib_uniass.metrics import CategoryMetricsCallback
+from anomalib_uniass.metrics import CategoryMetricsCallback, ComparisonCallback
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,9 @@ class Unified(AnomalibDataModule):
             bring validation images (MVTecLOCO, MVTecAD2, BMAD, Kaputt). ``synthetic`` images belong to no category.
         val_split_ratio: Fraction of the split images, in (0, 1).
         seed: Seed of the split; None draws anew each time, and differently in each process of a distributed run.
+        comparison: Folder of a comparison to which every model tested on this data adds its row (``table.csv``,
+            ``table.md``, ``per_category.csv``, ``pixel_AP.png``); see
+            :class:`~anomalib_uniass.metrics.ComparisonCallback`.
 
     Raises:
         ValueError: If the source, a category or the validation split is unknown or out of range.
@@ -96,6 +99,7 @@ class Unified(AnomalibDataModule):
         val_split_mode: ValSplitMode | str = ValSplitMode.FROM_TRAIN,
         val_split_ratio: float = 0.05,
         seed: int | None = 0,
+        comparison: Path | str | None = None,
     ) -> None:
         if ValSplitMode(val_split_mode) == ValSplitMode.NONE:
             msg = (
@@ -126,6 +130,7 @@ class Unified(AnomalibDataModule):
         self.hflip = self._known_names(hflip, "hflip")
         self.vflip = self._known_names(vflip, "vflip")
         self.rotate = self._known_names(rotate, "rotate")
+        self.comparison = comparison
         self._checked = False
 
     def _known_names(self, names: Sequence[str] | None, argument: str) -> list[str]:
@@ -276,7 +281,7 @@ class Unified(AnomalibDataModule):
         }
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, check and split the data, and add the metrics per category to an attached trainer.
+        """Read, check and split the data, and add metrics per category and comparison to an attached trainer.
 
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``; all subsets are made in any case.
@@ -292,6 +297,8 @@ class Unified(AnomalibDataModule):
             if not any(isinstance(callback, CategoryMetricsCallback) for callback in callbacks):
                 # First of all, so that it sees the raw anomaly maps before anomalib normalises them.
                 callbacks.insert(0, CategoryMetricsCallback())
+            if self.comparison and not any(isinstance(callback, ComparisonCallback) for callback in callbacks):
+                callbacks.insert(0, ComparisonCallback(self.comparison))
 
 
 def split_rows(categories: pd.Series, *, ratio: float, seed: int | None) -> list[int]:

