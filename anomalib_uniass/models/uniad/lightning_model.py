@@ -11,6 +11,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from torch import nn
 
+from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
 from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_choice, parse_image_size
 from anomalib_uniass.models.uniad.torch_model import UniADModel
 
@@ -40,7 +41,11 @@ class UniAD(ReconstructionMixin, AnomalibModule):
         max_epochs: Length of the training. A value given here overrides the trainer's; None leaves it to the trainer.
         seed: Seed of the initial weights.
         pre_processor: Pre-processor, or True for resize and normalisation with the backbone's statistics.
-        post_processor: Post-processor, or True for anomalib's.
+        post_processor: Post-processor, or True for thresholds per category at a false-positive rate of 1 % of the
+            good images and 0.1 % of their pixels
+            (:class:`~anomalib_uniass.components.post_processor.CategoryThresholdPostProcessor`). For anomalib's
+            thresholds, one for all categories by the best F1 score on the validation labels, give
+            :class:`anomalib.post_processing.PostProcessor`.
         evaluator: Evaluator, or True for anomalib's. The per-category metrics of this package come beside it.
         visualizer: Visualizer, or True for anomalib's.
 
@@ -104,3 +109,7 @@ class UniAD(ReconstructionMixin, AnomalibModule):
         )
         self.loss = nn.MSELoss()
         self.complete_pre_processor(pre_processor, image_size)
+
+    def configure_post_processor(self) -> PostProcessor:
+        """Return thresholds per category, normalised without a root."""
+        return CategoryThresholdPostProcessor(gamma=1.0)

@@ -10,10 +10,10 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 
+from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
 from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_choice, parse_image_size
 from anomalib_uniass.models.unias.anomaly_map import ImageScore
 from anomalib_uniass.models.unias.loss import CosineTerm, ReconstructionLoss
-from anomalib_uniass.models.unias.post_processor import ProductMapPostProcessor
 from anomalib_uniass.models.unias.torch_model import UniASModel
 
 
@@ -50,7 +50,11 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         max_epochs: Length of the training. A value given here overrides the trainer's; None leaves it to the trainer.
         seed: Seed of the initial weights.
         pre_processor: Pre-processor, or True for resize and normalisation with the backbone's statistics.
-        post_processor: Post-processor, or True for anomalib's on the scale of a level map.
+        post_processor: Post-processor, or True for thresholds per category at a false-positive rate of 1 % of the
+            good images and 0.1 % of their pixels
+            (:class:`~anomalib_uniass.components.post_processor.CategoryThresholdPostProcessor`). For anomalib's
+            thresholds, one for all categories by the best F1 score on the validation labels, give
+            :class:`~anomalib_uniass.models.unias.post_processor.ProductMapPostProcessor`.
         evaluator: Evaluator, or True for anomalib's. The per-category metrics of this package come beside it.
         visualizer: Visualizer, or True for anomalib's.
 
@@ -134,5 +138,5 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         self.complete_pre_processor(pre_processor, image_size)
 
     def configure_post_processor(self) -> PostProcessor:
-        """Return anomalib's thresholds and normalisation, on a scale that suits products."""
-        return ProductMapPostProcessor()
+        """Return thresholds per category, normalised by square roots: the maps are products of four distances."""
+        return CategoryThresholdPostProcessor(gamma=0.5)

@@ -1,0 +1,495 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Thresholds per category: statistics, post-processor, and the way through checkpoint, prediction and export."""
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import pandas as pd
+import pytest
+import torch
+from anomalib.cli.cli import main
+from anomalib.data import ImageBatch, ImageItem, InferenceBatch, PredictDataset
+from anomalib.data.utils import read_image
+from anomalib.engine import Engine
+from anomalib.post_processing import PostProcessor
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.utils.data import DataLoader
+
+from anomalib_uniass import UniAD, UniAS, Unified
+from anomalib_uniass.components.calibration import (
+    image_thresholds,
+    images_needed,
+    map_histograms,
+    pixel_thresholds,
+)
+from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor, _of_all_processes
+from anomalib_uniass.models.unias.post_processor import ProductMapPostProcessor
+from tests.helpers.datasets import make_mvtec_layout
+
+SMALL: dict[str, Any] = {
+    "backbone": "resnet18",
+    "pre_trained": False,
+    "image_size": (128, 128),
+    "hidden_dim": 32,
+    "feedforward_dim": 32,
+    "visualizer": False,
+    "evaluator": False,
+}
+CATEGORIES = ["bolt", "cap", "rod"]
+Run = tuple[Path, Path, UniAS]
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "thresholds.py"
+
+# --- Statistics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rate", "needed"), [(0.01, 99), (0.05, 19), (0.1, 9), (0.5, 1), (0.03, 33)])
+def test_images_needed_is_the_first_count_whose_highest_score_will_do(rate: float, needed: int) -> None:
+    assert images_needed(rate) == needed
+    assert 1 / (needed + 1) <= rate + 1e-12 < 1 / needed
+
+
+def test_enough_images_give_the_rank_of_conformal_prediction() -> None:
+    scores = torch.from_numpy(np.random.default_rng(0).permutation(np.arange(1.0, 20.0)))  # 1 to 19
+    thresholds = image_thresholds({"a": scores, "b": 100 * scores}, 0.1)
+    assert thresholds == {"a": 18, "b": 1800}  # ceil(20 * 0.9)
+
+
+def test_image_rate_is_kept_with_enough_images() -> None:
+    rng = np.random.default_rng(0)
+    rates = []
+    for _ in range(300):
+        calibration, new = rng.lognormal(sigma=1.5, size=(2, 50))
+        rates.append(np.mean(new > image_thresholds({"a": torch.from_numpy(calibration)}, 0.1)["a"]))
+    assert np.mean(rates) == pytest.approx(5 / 51, abs=0.015)
+
+
+def test_few_images_borrow_the_spread_of_other_categories() -> None:
+    """Three images show a rate of 1/4; with the spread of twenty categories alike, 5 % is kept."""
+    rng = np.random.default_rng(0)
+    means = np.exp(np.linspace(-10, 0, 20))
+    own, borrowed = [], []
+    for _ in range(100):
+        samples = {str(i): torch.from_numpy(mean * rng.lognormal(size=3)) for i, mean in enumerate(means)}
+        thresholds = image_thresholds(samples, 0.05)
+        for i, mean in enumerate(means):
+            new = mean * rng.lognormal(size=20)
+            own.append(np.mean(new > float(samples[str(i)].max())))
+            borrowed.append(np.mean(new > thresholds[str(i)]))
+    assert np.mean(own) == pytest.approx(0.25, abs=0.02)
+    assert np.mean(borrowed) == pytest.approx(0.05, abs=0.015)
+
+
+def test_a_threshold_of_few_images_never_lies_below_their_highest_score() -> None:
+    scores = {"wide": torch.tensor([1e-6, 1.0]), "narrow": torch.full((30,), 2.0)}
+    thresholds = image_thresholds(scores, 0.2)
+    assert thresholds["wide"] >= 1
+    assert thresholds["narrow"] == 2
+
+
+def test_single_images_are_their_own_threshold() -> None:
+    assert image_thresholds({"a": torch.tensor([3.0]), "b": torch.tensor([0.0])}, 0.01) == {"a": 3.0, "b": 0.0}
+    histogram = map_histograms(torch.full((1, 4, 4), 0.3))
+    assert pixel_thresholds({"a": histogram}, 0.01)["a"] == pytest.approx(0.3, rel=0.012)
+
+
+def test_histograms_count_every_pixel_within_their_range() -> None:
+    maps = torch.tensor([[0.0, 1e-30, 0.3, 16.0], [1e9, math.inf, 1.0, 1.0]])
+    histograms = map_histograms(maps)
+    assert histograms.sum(1).tolist() == [4, 4]
+    assert histograms[0, 0] == 2
+    assert histograms[1, -1] == 2
+
+
+def test_pixel_threshold_is_the_quantile_rounded_up() -> None:
+    rng = np.random.default_rng(0)
+    maps = rng.lognormal(mean=-8, sigma=2, size=(20, 100, 100))
+    threshold = pixel_thresholds({"a": map_histograms(torch.from_numpy(maps))}, 0.01)["a"]
+    exact = np.quantile(maps, 0.99)
+    assert exact <= threshold <= 1.05 * exact  # a bin, and the factor for left-out images of the same kind
+
+
+def test_pixel_rate_is_kept_in_images_that_were_not_calibrated_on() -> None:
+    """Brightness differs between images, so that the quantile of three is exceeded far too often in others."""
+    rng = np.random.default_rng(0)
+
+    def maps(count: int) -> np.ndarray:
+        return np.exp(rng.normal(size=(count, 1)) + 0.5 * rng.normal(size=(count, 2000)))
+
+    naive, achieved = [], []
+    for _ in range(10):
+        calibration = {str(i): maps(3) for i in range(8)}
+        thresholds = pixel_thresholds({c: map_histograms(torch.from_numpy(x)) for c, x in calibration.items()}, 0.01)
+        for category, images in calibration.items():
+            new = maps(20)
+            naive.append(np.mean(new > np.quantile(images, 0.99)))
+            achieved.append(np.mean(new > thresholds[category]))
+    assert np.mean(naive) > 0.04
+    assert 0.005 < np.mean(achieved) < 0.02
+
+
+# --- Post-processor --------------------------------------------------------------------------------------------------
+
+
+def batch(paths: list[str], scores: list[float], *, anomalous: list[bool] | None = None) -> ImageBatch:
+    """Maps that are constant at a tenth of the score."""
+    maps = torch.tensor(scores)[:, None, None, None].expand(-1, 1, 4, 4) / 10
+    return ImageBatch(
+        image=torch.zeros(len(scores), 3, 4, 4),
+        image_path=paths,
+        pred_score=torch.tensor(scores),
+        anomaly_map=maps.clone(),
+        gt_label=torch.tensor(anomalous or [False] * len(scores)),
+    )
+
+
+def calibrate(post_processor: PostProcessor, images: ImageBatch) -> None:
+    """Run the hooks of a validation whose datamodule has a column of categories: the first folder."""
+    paths = images.image_path or []
+    samples = pd.DataFrame({"image_path": paths, "category": [path.split("/")[1] for path in paths]})
+    trainer: Any = SimpleNamespace(datamodule=SimpleNamespace(val_data=SimpleNamespace(samples=samples)))
+    module: Any = None
+    post_processor.setup(trainer, module, "validate")
+    post_processor.on_validation_epoch_start(trainer, module)
+    post_processor.on_validation_batch_end(trainer, module, images)
+    post_processor.on_validation_epoch_end(trainer, module)
+    post_processor.teardown(trainer, module, "validate")
+
+
+@pytest.fixture
+def calibrated() -> CategoryThresholdPostProcessor:
+    post_processor = CategoryThresholdPostProcessor(image_fpr=0.5, pixel_fpr=0.5)
+    paths = ["/bolt/good/0.png", "/bolt/good/1.png", "/cap/good/0.png", "/cap/bad/1.png"]
+    calibrate(post_processor, batch(paths, [1.0, 2.0, 100.0, 1e6], anomalous=[False, False, False, True]))
+    return post_processor
+
+
+def test_calibration_takes_good_images_by_category(calibrated: CategoryThresholdPostProcessor) -> None:
+    assert calibrated.calibration is not None
+    assert calibrated.calibration["image"] == {"bolt": 2.0, "cap": 100.0}  # rank ceil(3 / 2) of 2, ceil(2 / 2) of 1
+    assert calibrated.calibration["pixel"]["cap"] < 100
+    assert float(calibrated.image_threshold) == 100
+    assert float(calibrated.pixel_threshold) == pytest.approx(calibrated.calibration["pixel"]["cap"])
+    assert (calibrated.calibration["image_fpr"], calibrated.calibration["pixel_fpr"]) == (0.5, 0.5)
+
+
+def test_prediction_uses_the_threshold_of_the_nearest_known_folder(calibrated: CategoryThresholdPostProcessor) -> None:
+    images = batch(["/x/bolt/y/0.png", "/bolt/cap/0.png", "/x/elsewhere/0.png", "/bolt.png"], [2.01, 99.0, 101.0, 99.0])
+    calibrated.post_process_batch(images)
+    assert images.pred_label is not None
+    assert images.pred_label.tolist() == [True, False, True, False]
+    scores = batch(["/bolt/0.png"] * 3, [1.0, 2.0, 1e9])
+    calibrated.post_process_batch(scores)
+    assert scores.pred_score is not None
+    below, at, above = scores.pred_score.tolist()
+    assert below == pytest.approx(1 / (1 + math.sqrt(2)))
+    assert at == 0.5
+    assert 0.9 < above < 1
+
+
+def test_batches_and_exported_graphs_agree_on_the_fallback(calibrated: CategoryThresholdPostProcessor) -> None:
+    images = batch(["/elsewhere/0.png"] * 3, [0.0, 50.0, 150.0])
+    exported = calibrated(InferenceBatch(pred_score=images.pred_score, anomaly_map=images.anomaly_map))
+    calibrated.post_process_batch(images)
+    for name in ("pred_score", "pred_label", "anomaly_map", "pred_mask"):
+        torch.testing.assert_close(getattr(exported, name), getattr(images, name))
+
+
+def test_exported_thresholds_are_in_units_of_exported_outputs(calibrated: CategoryThresholdPostProcessor) -> None:
+    thresholds = calibrated.exported_thresholds()
+    assert thresholds is not None
+    assert set(thresholds) == {"image", "pixel", "image_fpr", "pixel_fpr", "units"}
+    assert thresholds["image"]["cap"] == thresholds["pixel"]["cap"] == 0.5
+    images = batch(["/bolt/0.png"] * 3, [1.99, 2.0, 2.01])
+    exported = calibrated(InferenceBatch(pred_score=images.pred_score, anomaly_map=images.anomaly_map))
+    assert (exported.pred_score > thresholds["image"]["bolt"]).tolist() == [False, False, True]
+    assert not exported.pred_label.any()
+
+
+def test_uncalibrated_outputs_stay_raw_and_have_no_thresholds() -> None:
+    post_processor = CategoryThresholdPostProcessor()
+    raw = torch.tensor([0.1, 7.0])
+    assert torch.equal(post_processor(InferenceBatch(pred_score=raw)).pred_score, raw)
+    assert post_processor.exported_thresholds() is None
+
+
+def test_scores_of_zero_stay_below_a_threshold_of_zero() -> None:
+    post_processor = CategoryThresholdPostProcessor()
+    calibrate(post_processor, batch(["/bolt/0.png", "/bolt/1.png"], [0.0, 0.0]))
+    images = batch(["/bolt/0.png", "/bolt/1.png"], [0.0, 1e-3])
+    post_processor.post_process_batch(images)
+    assert images.pred_label is not None
+    assert images.pred_label.tolist() == [False, True]
+
+
+def test_says_once_which_categories_have_too_few_images(caplog: pytest.LogCaptureFixture) -> None:
+    post_processor = CategoryThresholdPostProcessor(image_fpr=0.05)
+    module: Any = None
+    with caplog.at_level(logging.WARNING):
+        calibrate(post_processor, batch(["/bolt/0.png", "/bolt/1.png"], [1.0, 2.0]))
+        post_processor.on_validation_batch_end(module, module, batch(["/bolt/0.png"], [1.0]))
+        post_processor.on_validation_epoch_end(module, module)
+    (message,) = [record.message for record in caplog.records]
+    assert "0.05 takes 19 good validation images" in message
+    assert "bolt (2)" in message
+
+
+def test_validation_without_good_images_keeps_the_thresholds(
+    calibrated: CategoryThresholdPostProcessor, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = calibrated.calibration
+    calibrate(calibrated, batch(["/bolt/0.png"], [5.0], anomalous=[True]))
+    assert calibrated.calibration is before
+    assert "No good images" in caplog.text
+
+
+@pytest.mark.parametrize("arguments", [{"image_fpr": 0}, {"image_fpr": 1}, {"pixel_fpr": -0.1}, {"gamma": 0}])
+def test_rates_and_exponent_are_checked(arguments: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} .*, got {next(iter(arguments.values()))}"):
+        CategoryThresholdPostProcessor(**arguments)
+
+
+def gather(rank: int, folder: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    good = {"bolt": [(float(rank), torch.tensor([rank]))]} | ({"cap": [(5.0, torch.tensor([5]))]} if rank else {})
+    joined = _of_all_processes(good)
+    Path(folder, str(rank)).write_text(
+        json.dumps({name: [score for score, _ in rows] for name, rows in joined.items()})
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_processes_calibrate_on_the_images_of_all(tmp_path: Path) -> None:
+    multiprocessing.start_processes(gather, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    for rank in ("0", "1"):
+        assert json.loads((tmp_path / rank).read_text()) == {"bolt": [0.0, 1.0], "cap": [5.0]}
+
+
+# --- Checkpoint, prediction, export ----------------------------------------------------------------------------------
+
+
+def engine(folder: Path) -> Engine:
+    return Engine(default_root_dir=folder, accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False)
+
+
+def data(root: Path) -> Unified:
+    return Unified(root=root, num_workers=0, val_split_ratio=0.5, eval_batch_size=4)
+
+
+class Distances(nn.Module):
+    """Stands for the network of UniAS, whose export takes a minute: ``(B, 3, H, 128)`` to maps of that size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 1, 3, padding=1), nn.LayerNorm(128))
+        for parameter in self.parameters():
+            nn.init.constant_(parameter, 0.01)
+
+    def forward(self, x: Tensor) -> InferenceBatch:
+        anomaly_map = self.layers(x).square()
+        return InferenceBatch(anomaly_map=anomaly_map, pred_score=anomaly_map.flatten(1).std(1))
+
+
+def predict(model: UniAS, folder: Path, scratch: Path) -> list[ImageItem]:
+    """Predict all images below a folder as the command line does, without a datamodule."""
+    dataset = PredictDataset(folder)
+    loader = DataLoader(dataset, batch_size=4, collate_fn=dataset.collate_fn)
+    return [image for batch in engine(scratch).predict(model, dataloaders=loader) for image in batch]
+
+
+def pixels(image: ImageItem) -> Tensor:
+    return read_image(image.image_path, as_tensor=True)[None]
+
+
+def category_of(image: ImageItem) -> str:
+    return next(category for category in CATEGORIES if category in Path(image.image_path).parts)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Folder of the data, checkpoint, and the model that was trained."""
+    folder = tmp_path_factory.mktemp("thresholds")
+    root = make_mvtec_layout(folder / "parts", CATEGORIES, train=6, good=2, defective=1)
+    post_processor = CategoryThresholdPostProcessor(image_fpr=0.25, pixel_fpr=0.01)
+    model = UniAS(**SMALL, seed=0, post_processor=post_processor)
+    runner = engine(folder)
+    runner.fit(model, datamodule=data(root))
+    yield root, Path(runner.trainer.checkpoint_callback.best_model_path), model
+
+
+@pytest.fixture(scope="module")
+def light(run: Run) -> UniAS:
+    """A calibrated model that is quick to export."""
+    model = UniAS.load_from_checkpoint(run[1], post_processor=CategoryThresholdPostProcessor(image_fpr=0.25), **SMALL)
+    model.model = Distances()
+    engine(run[0].parent / "light").validate(model, datamodule=data(run[0]))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def exported(light: UniAS, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its OpenVINO model in float32."""
+    folder = tmp_path_factory.mktemp("exported")
+    return engine(folder).export(light, "openvino", export_root=folder, input_size=(64, 64))
+
+
+def test_checkpoint_brings_the_calibration(run: Run) -> None:
+    _, checkpoint, trained = run
+    loaded = UniAS.load_from_checkpoint(checkpoint)  # with weights_only=True
+    assert set(trained.post_processor.calibration["image"]) == set(CATEGORIES)
+    assert loaded.post_processor.calibration == trained.post_processor.calibration
+    assert loaded.post_processor.calibration["image_fpr"] == 0.25
+    assert torch.equal(loaded.post_processor.image_threshold, trained.post_processor.image_threshold)
+
+
+def test_thresholds_are_those_of_the_held_out_images(run: Run) -> None:
+    root, _, model = run
+    datamodule = data(root)
+    datamodule.setup()
+    model.eval()
+    for category in CATEGORIES:
+        rows = datamodule.val_data.samples.query("category == @category")["image_path"]
+        images = torch.stack([read_image(path, as_tensor=True) for path in rows])
+        with torch.no_grad():
+            scores = model.model(model.pre_processor.transform(images)).pred_score
+        assert len(scores) == 3
+        expected = pytest.approx(float(scores.max()), rel=1e-5)  # rank ceil(4 * 0.75)
+        assert model.post_processor.calibration["image"][category] == expected
+
+
+def test_predict_applies_the_thresholds_of_categories(run: Run, light: UniAS, tmp_path: Path) -> None:
+    images = predict(light, run[0], tmp_path)
+    assert len(images) > 3 * len(CATEGORIES)
+    for image in images:
+        category = category_of(image)
+        with torch.no_grad():
+            raw = light.model(light.pre_processor.transform(pixels(image)))
+        score, limit = float(raw.pred_score), light.post_processor.calibration["image"][category]
+        if score != pytest.approx(limit, rel=1e-5):  # an image that was calibrated on lies on the threshold
+            assert bool(image.pred_label) == (score > limit)
+        mask = raw.anomaly_map > light.post_processor.calibration["pixel"][category]
+        assert (image.pred_mask.squeeze() == mask.squeeze()).float().mean() > 0.999
+
+
+def test_exported_model_brings_the_thresholds_that_predict_applies(
+    run: Run, light: UniAS, exported: Path, tmp_path: Path
+) -> None:
+    assert {path.name for path in exported.parent.iterdir()} == {"model.xml", "model.bin", "category_thresholds.json"}
+    thresholds = json.loads((exported.parent / "category_thresholds.json").read_text())
+    network = ov.Core().read_model(exported)
+    assert json.loads(network.get_rt_info("category_thresholds").value) == thresholds
+    compiled = ov.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for image in predict(light, run[0], tmp_path):
+        output = compiled(pixels(image).numpy())
+        score, limit = output["pred_score"].item(), thresholds["image"][category_of(image)]
+        if score != pytest.approx(limit, rel=1e-5):
+            assert (score > limit) == bool(image.pred_label)
+        mask = output["anomaly_map"].squeeze() > thresholds["pixel"][category_of(image)]
+        assert (mask == image.pred_mask.squeeze().numpy()).mean() > 0.999
+
+
+@pytest.mark.parametrize("kind", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_thresholds_lie_beside_other_exports(light: UniAS, tmp_path: Path, kind: str) -> None:
+    path = engine(tmp_path).export(light, kind, export_root=tmp_path)
+    written = json.loads((path.parent / "category_thresholds.json").read_text())
+    assert written == light.post_processor.exported_thresholds()
+
+
+def test_exports_without_thresholds_leave_no_file_of_an_earlier_one(run: Run, light: UniAS, tmp_path: Path) -> None:
+    folder = light.to_torch(tmp_path).parent
+    assert (folder / "category_thresholds.json").is_file()
+    UniAS.load_from_checkpoint(run[1], post_processor=ProductMapPostProcessor()).to_torch(tmp_path)
+    assert not (folder / "category_thresholds.json").exists()
+
+
+@pytest.mark.slow
+def test_half_precision_export_stays_half_precision(light: UniAS, exported: Path, tmp_path: Path) -> None:
+    half = engine(tmp_path).export(light, "openvino", export_root=tmp_path, compression_type="fp16")
+    assert ov.Core().read_model(half).has_rt_info("category_thresholds")
+    sizes = [path.with_suffix(".bin").stat().st_size for path in (exported, half)]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_trained_model_is_calibrated_anew_for_other_rates(run: Run, tmp_path: Path) -> None:
+    root, checkpoint, _ = run
+    model = UniAS.load_from_checkpoint(checkpoint, post_processor=CategoryThresholdPostProcessor(image_fpr=0.5))
+    assert model.post_processor.calibration["image_fpr"] == 0.25
+    runner = engine(tmp_path)
+    runner.validate(model, datamodule=data(root))
+    runner.trainer.save_checkpoint(tmp_path / "new.ckpt")
+    old, new = (UniAS.load_from_checkpoint(path).post_processor for path in (checkpoint, tmp_path / "new.ckpt"))
+    assert new.calibration["image_fpr"] == 0.5
+    assert all(new.calibration["image"][name] < old.calibration["image"][name] for name in CATEGORIES)
+
+
+def test_checkpoint_of_anomalibs_thresholds_keeps_its_decisions(run: Run, tmp_path: Path) -> None:
+    """As written before this post-processor existed: one threshold, no calibration."""
+    root, _, _ = run
+    model = UniAS(**SMALL, post_processor=ProductMapPostProcessor())
+    runner = engine(tmp_path)
+    runner.fit(model, datamodule=data(root))
+    path = runner.trainer.checkpoint_callback.best_model_path
+    assert "calibration" not in torch.load(path)["anomalib_post_processor_config"]
+    loaded = UniAS.load_from_checkpoint(path)
+    assert isinstance(loaded.post_processor, CategoryThresholdPostProcessor)
+    assert loaded.post_processor.calibration is None
+    scores = torch.linspace(0, 2, 101) * model.post_processor.image_threshold
+    predictions = InferenceBatch(pred_score=scores, anomaly_map=scores[:, None, None, None])
+    theirs, ours = model.post_processor(predictions), loaded.post_processor(predictions)
+    assert torch.equal(theirs.pred_label, ours.pred_label)
+    assert torch.equal(theirs.pred_mask, ours.pred_mask)
+    assert 0 < int(ours.pred_label.sum()) < 101
+
+
+def test_both_kinds_are_chosen_on_the_command_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    init_args = {key: value for key, value in SMALL.items() if key != "image_size"} | {"image_size": [128, 128]}
+    ours = {"class_path": "anomalib_uniass.components.post_processor.CategoryThresholdPostProcessor"}
+    choices = {
+        "rates": ours | {"init_args": {"image_fpr": 0.2, "pixel_fpr": 0.02}},
+        "anomalib": {"class_path": "anomalib_uniass.models.unias.post_processor.ProductMapPostProcessor"},
+    }
+    stored = {}
+    for name, choice in choices.items():
+        config = {
+            "model": {"class_path": "UniAS", "init_args": init_args | {"post_processor": choice}},
+            "data": {"class_path": "Unified", "init_args": {"root": str(run[0]), "num_workers": 0}},
+            "trainer": {"max_epochs": 1, "accelerator": "cpu"},
+            "default_root_dir": name,
+        }
+        Path("config.yaml").write_text(json.dumps(config))  # JSON is YAML
+        monkeypatch.setattr(sys, "argv", ["anomalib", "fit", "--config", "config.yaml"])
+        main()
+        (path,) = {path.resolve() for path in Path(name).glob("UniAS/*/v0/weights/lightning/model.ckpt")}
+        stored[name] = torch.load(path)["anomalib_post_processor_config"]
+    assert stored["rates"]["calibration"]["image_fpr"] == 0.2
+    assert stored["rates"]["calibration"]["pixel_fpr"] == 0.02
+    assert "calibration" not in stored["anomalib"]
+
+
+@pytest.mark.slow
+def test_benchmark_measures_achieved_rates(run: Run, tmp_path: Path, run_python: Callable[..., str]) -> None:
+    root, checkpoint, _ = run
+    arguments = ["--root", str(root), "--checkpoint", str(checkpoint), "--val-split-ratio", "0.5", "--draws", "2"]
+    run_python(str(BENCHMARK), *arguments, "--output", str(tmp_path))
+    results = json.loads((tmp_path / "thresholds.json").read_text())
+    rows = {(row["thresholds"], row["calibrated_on"], row["asked_image_fpr"]): row for row in results["rows"]}
+    assert len(rows) == len(results["rows"]) == 4 * 3 + 2
+    assert all(set(row["categories"]) == set(CATEGORIES) for row in rows.values())
+    assert rows["per category", "training", 0.1]["image_fpr"] >= rows["per category", "training", 0.01]["image_fpr"]
+    assert {row["images"] for row in rows.values() if row["calibrated_on"] == "half_of_test"} == {1}
+    assert len(results["summary"]) == 8
+    assert all(category in (tmp_path / "thresholds.md").read_text() for category in CATEGORIES)
+
+
+def test_uniad_has_thresholds_per_category_on_its_own_scale() -> None:
+    post_processor = UniAD(**SMALL).post_processor
+    assert isinstance(post_processor, CategoryThresholdPostProcessor)
+    assert post_processor.gamma == 1
