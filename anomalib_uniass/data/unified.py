@@ -39,10 +39,10 @@ class Unified(AnomalibDataModule):
     read by ``source="Visa"`` from ``ROOT/visa_pytorch/<category>/...`` of the same layout.
 
     Validation: the default ``val_split_mode="from_train"`` takes ``val_split_ratio`` of each category's training images
-    (at least one, never all), so that nothing is chosen on the test set. It holds no anomalies: anomalib's thresholds
-    become the highest normal validation scores, and its normalisation follows from them. Predicted labels and masks are
-    therefore conservative; metrics without a threshold (AUROC, AP) are untouched. ``"same_as_test"`` gives anomalib's
-    usual thresholds, tuned on the test set.
+    (at least one, never all), so that nothing is chosen on the test set. It holds no anomalies: UniAS and UniAD take
+    their thresholds per category from it, other models of anomalib the highest normal score of all categories.
+    ``"same_as_test"`` gives anomalib's usual thresholds, tuned on the test set. Metrics without a threshold (AUROC, AP)
+    do not depend on it.
 
     Args:
         source: Name in ``anomalib.data`` (``MVTecAD``, ``Visa``, ``MVTecLOCO``, ``BTech``, ``MPDD``, ...) or full class
