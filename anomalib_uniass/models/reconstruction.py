@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the reconstruction models of this package share as anomalib models."""
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from anomalib import LearningType
@@ -20,26 +17,19 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
 from anomalib_uniass.components.pre_processor import AntialiasedPreProcessor
 from anomalib_uniass.metrics import CategoryMetricsCallback
+from anomalib_uniass.models.export import ExportMixin
 
 logger = logging.getLogger(__name__)
 
 GRADIENT_CLIP = 0.1
 STANDARDIZATION_BATCHES = 100
-THRESHOLDS = "category_thresholds"
-"""Name of the thresholds of an exported model: the JSON file beside it, and OpenVINO's runtime information."""
 
 LRSchedule = Literal["step", "onecycle"]
 
-if TYPE_CHECKING:
-    Base = AnomalibModule
-else:
-    Base = object  # a plain mixin at run time: anomalib lists direct subclasses of AnomalibModule only
 
-
-class ReconstructionMixin(Base):
+class ReconstructionMixin(ExportMixin):
     """Training, checkpoints and export of a frozen backbone with a trainable reconstruction network.
 
     Expects of the class it is mixed into: ``self.model`` with ``backbone``, ``standardization`` and ``reconstruct``;
@@ -165,55 +155,6 @@ class ReconstructionMixin(Base):
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
 
-    def to_onnx(  # type: ignore[override]  # anomalib's signature, not Lightning's
-        self,
-        export_root: Path | str,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        **kwargs: Any,
-    ) -> Path:
-        """Export to ONNX as anomalib does, at the opset its exporter is made for (its default of 14 fails noisily).
-
-        Arguments as for :meth:`anomalib.models.AnomalibModule.to_onnx`.
-        """
-        kwargs.setdefault("opset_version", 18)
-        path = super().to_onnx(export_root, model_file_name, input_size, **kwargs)
-        self._write_thresholds(path.parent)
-        return path
-
-    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export the module as anomalib does, with `category_thresholds.json` beside it.
-
-        Arguments as for :meth:`anomalib.models.AnomalibModule.to_torch`.
-        """
-        path = super().to_torch(export_root, model_file_name)
-        self._write_thresholds(path.parent)
-        return path
-
-    def to_openvino(self, export_root: Path | str, model_file_name: str = "model", *args: Any, **kwargs: Any) -> Path:
-        """Export to OpenVINO as anomalib does, with `category_thresholds.json` beside it and in its ``rt_info``.
-
-        Arguments as for :meth:`anomalib.models.AnomalibModule.to_openvino`.
-        """
-        path = super().to_openvino(export_root, model_file_name, *args, **kwargs)
-        thresholds = self._write_thresholds(path.parent)
-        if thresholds is not None:
-            _set_openvino_info(path, THRESHOLDS, thresholds)
-        return path
-
-    def _write_thresholds(self, folder: Path) -> str | None:
-        """Write the thresholds of an exported model beside it and return the JSON; if there are none, leave no file."""
-        path = folder / f"{THRESHOLDS}.json"
-        thresholds = None
-        if isinstance(self.post_processor, CategoryThresholdPostProcessor):
-            thresholds = self.post_processor.exported_thresholds()
-        if thresholds is None:
-            path.unlink(missing_ok=True)  # of an earlier export
-            return None
-        text = json.dumps(thresholds)
-        path.write_text(text + "\n")
-        return text
-
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> AnomalibModule:  # type: ignore[override]
         """Load a model from a checkpoint; the checkpoint holds the backbone, so nothing is downloaded.
@@ -242,19 +183,6 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         msg = f"{name} must be one of {', '.join(known)}, got {value!r}."
         raise ValueError(msg)
-
-
-def _set_openvino_info(path: Path, key: str, value: str) -> None:
-    """Add an entry to the runtime information of a saved OpenVINO model."""
-    import openvino as ov
-
-    model = ov.Core().read_model(path)
-    model.set_rt_info(value, [key])
-    with TemporaryDirectory(dir=path.parent) as folder:  # the weights are mapped from the file that is replaced
-        copy = Path(folder) / path.name
-        ov.save_model(model, copy, compress_to_fp16=False)  # leaves compressed weights compressed
-        copy.replace(path)
-        copy.with_suffix(".bin").replace(path.with_suffix(".bin"))
 
 
 def _plain(value: Any) -> Any:

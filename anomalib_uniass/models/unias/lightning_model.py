@@ -2,8 +2,9 @@
 """UniAS as an anomalib model."""
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
+import numpy as np
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -14,7 +15,11 @@ from anomalib_uniass.components.post_processor import CategoryThresholdPostProce
 from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_choice, parse_image_size
 from anomalib_uniass.models.unias.anomaly_map import ImageScore
 from anomalib_uniass.models.unias.loss import CosineTerm, ReconstructionLoss
+from anomalib_uniass.models.unias.quantization import quantize_reconstruction
 from anomalib_uniass.models.unias.torch_model import UniASModel
+
+if TYPE_CHECKING:
+    import openvino as ov
 
 
 class UniAS(ReconstructionMixin, AnomalibModule):
@@ -140,3 +145,8 @@ class UniAS(ReconstructionMixin, AnomalibModule):
     def configure_post_processor(self) -> PostProcessor:
         """Return thresholds per category, normalised by square roots: the maps are products of four distances."""
         return CategoryThresholdPostProcessor(gamma=0.5)
+
+    @staticmethod
+    def quantize(model: "ov.Model", images: Sequence[np.ndarray]) -> "ov.Model":
+        """Quantise an exported model to INT8 where this keeps the defects, see :func:`quantize_reconstruction`."""
+        return quantize_reconstruction(model, images)

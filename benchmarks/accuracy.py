@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy study on the inspection benchmark: UniAS, UniAD and Patchcore on one backbone, and ablations.
+
+Every model is trained once on all nine categories (``configs/inspection.yaml``) and scored by the metrics of this
+package. Sections: ``models``, the comparison over seeds, with learning curves; ``maps``, other fusions, blurs and
+image scores on the trained UniAS; ``ablations``, UniAS retrained with one thing changed, on fewer epochs. Nothing is
+selected on the test set; the curves only show whether training had converged.
+
+Every finished run is kept in ``RESULTS/accuracy.json`` and not run again; an unfinished one resumes from its last
+checkpoint below WORK, so the study can be made in pieces (``--minutes``).
+
+python benchmarks/accuracy.py DATA [--sections models maps ablations] [--seeds 0 1 2] [--minutes 10]
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accuracy_report import Report
+from anomalib.engine import Engine
+from anomalib.models import get_model
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_uniass import UniAS, Unified
+from anomalib_uniass.components.gaussian_blur import GaussianBlur2d
+from anomalib_uniass.metrics import CategoryMetrics, CategoryMetricsCallback
+from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, image_score
+
+CONFIG = Path(__file__).parents[1] / "configs" / "inspection.yaml"
+CURVE_SHARES = (0.125, 0.25, 0.5, 0.75)  # of the epochs; the last point of a curve is the test itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training.
+
+    Args:
+        name: Unique name, also of its folder.
+        model: Class name of the model.
+        arguments: Its constructor's arguments.
+        epochs: Length of the training; None leaves it to the model.
+    """
+
+    name: str
+    model: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    epochs: int | None = None
+
+
+class LearningCurve(Callback):
+    """Score the test set after some epochs, for the plot alone; resumes with the checkpoint."""
+
+    def __init__(self, epochs: Iterable[int]) -> None:
+        self.epochs = set(epochs)
+        self.points: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score the test set if it is time."""
+        if trainer.current_epoch + 1 not in self.epochs:
+            return
+        pl_module.eval()
+        (table,) = score(pl_module, trainer.datamodule, [lambda model, image: model.model(image)])  # type: ignore[attr-defined]
+        pl_module.train()
+        self.points.append({"epoch": trainer.current_epoch + 1, "pixel_AP": table["mean"]["pixel_AP"]})
+        print(f"    epoch {trainer.current_epoch + 1}: pixel AP {100 * self.points[-1]['pixel_AP']:.2f} %", flush=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the points so far."""
+        return {"points": self.points}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with earlier points."""
+        self.points = state_dict["points"]
+
+
+@torch.no_grad()
+def score(
+    model: LightningModule, datamodule: Unified, predictions: list[Callable[[Any, Tensor], Any]]
+) -> list[dict[str, dict[str, float]]]:
+    """Return the table of the test set for each way to make map and score from a model and normalised images."""
+    samples = datamodule.test_data.samples
+    category = dict(zip(samples["image_path"], samples["category"], strict=True))
+    metrics = [CategoryMetrics(sorted(set(category.values()))) for _ in predictions]
+    for batch in datamodule.test_dataloader():
+        names = [category[path] for path in batch.image_path]
+        image, mask = model.pre_processor.transform(batch.image.to(model.device), batch.gt_mask)
+        for metric, predict in zip(metrics, predictions, strict=True):
+            output = predict(model, image)
+            metric.update(output.anomaly_map, mask, output.pred_score, batch.gt_label, names)
+    return [metric.compute() for metric in metrics]
+
+
+@dataclass(kw_only=True)
+class Study:
+    """Trains and tests, and keeps what is done.
+
+    Args:
+        root: The inspection benchmark.
+        work: Folder of checkpoints.
+        report: Results so far.
+        deadline: Time of the monotonic clock when a training has to stop, to be resumed by the next call.
+    """
+
+    root: Path
+    work: Path
+    report: Report
+    deadline: float
+
+    def datamodule(self) -> Unified:
+        """Return the data as the configuration has it."""
+        arguments = yaml.safe_load(CONFIG.read_text())["data"]["init_args"]
+        return Unified(**(arguments | {"root": self.root}))
+
+    def checkpoint(self, name: str) -> Path | None:
+        """Return the last checkpoint of a run."""
+        found = sorted((self.work / name).rglob("model.ckpt"), key=lambda path: path.stat().st_mtime)
+        return found[-1] if found else None
+
+    def train(self, section: str, run: Run) -> None:
+        """Train and test unless done before."""
+        if run.name in self.report.rows(section):
+            return
+        minutes_left = (self.deadline - time.monotonic()) / 60
+        if minutes_left < 1:
+            self.report.unfinished(run.name)
+            return
+        print(f"  {run.name} ...", flush=True)
+        model = get_model({"class_path": run.model, "init_args": run.arguments})
+        curve = LearningCurve(round(share * run.epochs) for share in CURVE_SHARES) if run.epochs else LearningCurve(())
+        timing = {} if self.deadline == float("inf") else {"max_time": {"minutes": minutes_left}}
+        length = {} if run.epochs is None else {"max_epochs": run.epochs, "check_val_every_n_epoch": 1}
+        engine = Engine(default_root_dir=self.work / run.name, callbacks=[curve], barebones=False, **length, **timing)
+        datamodule = self.datamodule()
+        start = time.monotonic()
+        engine.fit(model, datamodule=datamodule, ckpt_path=self.checkpoint(run.name))
+        seconds = time.monotonic() - start
+        if run.epochs is not None and engine.trainer.current_epoch < run.epochs:
+            self.report.unfinished(run.name)
+            return
+        engine.test(model, datamodule=datamodule, verbose=False)
+        table = next(c.table for c in engine.trainer.callbacks if isinstance(c, CategoryMetricsCallback))
+        self.report.add(
+            section,
+            run.name,
+            table,
+            {
+                "model": run.model,
+                "arguments": run.arguments,
+                "epochs": run.epochs,
+                "fit_seconds_of_the_last_piece": round(seconds),
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "device": str(engine.trainer.strategy.root_device.type),
+                "curve": curve.points,
+            },
+        )
+
+    def compare_maps(self, name: str) -> None:
+        """Score other maps and image scores of a trained UniAS, each with one thing changed."""
+        checkpoint = self.checkpoint(name)
+        if checkpoint is None or "product (paper)" in self.report.rows("maps"):
+            return
+        print("  maps ...", flush=True)
+        model = UniAS.load_from_checkpoint(checkpoint, visualizer=False, evaluator=False).eval()
+        datamodule = self.datamodule()
+        datamodule.setup()
+        variants = map_variants(model.model.anomaly_map)
+        tables = score(model, datamodule, [Shared(variant) for variant in variants.values()])
+        for variant, table in zip(variants, tables, strict=True):
+            self.report.add("maps", variant, table, {"run": name})
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What :func:`score` needs of a prediction."""
+
+    anomaly_map: Tensor
+    pred_score: Tensor
+
+
+class Shared:
+    """A variant of the map; all variants share the reconstruction of the same batch."""
+
+    batch: Tensor | None = None
+    reconstruction: Any = None
+
+    def __init__(self, variant: Callable[[Any, Any], Prediction]) -> None:
+        self.variant = variant
+
+    def __call__(self, model: Any, image: Tensor) -> Prediction:
+        """Reconstruct if no other variant has done so, and make the map."""
+        if Shared.batch is not image:
+            Shared.batch, Shared.reconstruction = image, model.model.reconstruct(image)
+        return self.variant(*Shared.reconstruction)
+
+
+def map_variants(generator: AnomalyMapGenerator) -> dict[str, Callable[[Any, Any], Prediction]]:
+    """Return ways to make map and score of reconstructions and targets."""
+    unblurred = AnomalyMapGenerator(tuple(2 * size for size in generator.fusion_size))  # type: ignore[arg-type]
+    unblurred.blurs = torch.nn.ModuleList(torch.nn.Identity() for _ in generator.blurs)
+    smooth = GaussianBlur2d(sigma=4.0, kernel_size=33)
+
+    def enlarge(fused: Tensor) -> Tensor:
+        return F.interpolate(fused, scale_factor=2.0, mode="bilinear", align_corners=True)
+
+    def variant(
+        fuse: Callable[[list[Tensor]], Tensor],
+        *,
+        levels: AnomalyMapGenerator = generator,
+        blur: bool = False,
+        reduction: Any = "std",
+    ) -> Callable[[Any, Any], Prediction]:
+        def predict(reconstructions: Any, targets: Any) -> Prediction:
+            anomaly_map = enlarge(fuse(levels.level_maps(reconstructions, targets)))
+            anomaly_map = smooth(anomaly_map) if blur else anomaly_map
+            return Prediction(anomaly_map, image_score(anomaly_map, reduction=reduction))
+
+        return predict
+
+    def product(maps: list[Tensor]) -> Tensor:
+        return maps[0] * maps[1] * maps[2] * maps[3]
+
+    variants = {
+        "product (paper)": variant(product),
+        "mean": variant(lambda maps: torch.stack(maps).mean(0)),
+        "product, no level blur": variant(product, levels=unblurred),
+        "product, Gaussian of 4 px behind": variant(product, blur=True),
+        "product, score max": variant(product, reduction="max"),
+        "product, score top 1 %": variant(product, reduction="top"),
+    }
+    for level in range(4):
+        variants[f"level {4 - level} alone"] = variant(lambda maps, level=level: maps[level])
+        variants[f"product without level {4 - level}"] = variant(
+            lambda maps, level=level: torch.stack(maps[:level] + maps[level + 1 :]).prod(0)
+        )
+    return variants
+
+
+def model_runs(seeds: Iterable[int], epochs: int | None) -> list[Run]:
+    """Return the compared trainings."""
+    config = yaml.safe_load(CONFIG.read_text())
+    unias = config["model"]["init_args"] | {"visualizer": False}
+    backbone = {name: unias[name] for name in ("backbone", "weights", "visualizer")}
+    uniad = backbone | {"learning_rate": 5e-4, "lr_schedule": "onecycle"}
+    length = epochs or config["trainer"]["max_epochs"]
+    runs = []
+    for seed in seeds:
+        runs += [
+            Run(name=f"unias_{seed}", model="UniAS", arguments=unias | {"seed": seed}, epochs=length),
+            Run(name=f"uniad_{seed}", model="UniAD", arguments=uniad | {"seed": seed}, epochs=2 * length),
+        ]
+    runs.append(Run(name="patchcore_0", model="BoundedPatchcore", arguments=backbone))
+    return runs
+
+
+def ablation_runs(epochs: int) -> list[Run]:
+    """Return trainings that differ from the first in one thing."""
+    base = yaml.safe_load(CONFIG.read_text())["model"]["init_args"] | {"visualizer": False, "seed": 0}
+    changes: dict[str, dict[str, Any]] = {
+        "base": {},
+        "loss sign of the release": {"cosine_term": "release"},
+        "no cosine term": {"cosine_weight": 0.0},
+        "cosine weight 5": {"cosine_weight": 5.0},
+        "raw features": {"standardize_features": False},
+        "no jitter": {"jitter_scale": 0.0},
+        "jitter 5": {"jitter_scale": 5.0},
+        "no channel branch": {"channel_branch": False},
+    }
+    return [
+        Run(name=f"ablation_{name.replace(' ', '_')}", model="UniAS", arguments=base | change, epochs=epochs)
+        for name, change in changes.items()
+    ]
+
+
+def main() -> None:
+    """Run the chosen sections."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder with the nine category folders")
+    parser.add_argument("--sections", nargs="+", choices=("models", "maps", "ablations"), default=["models", "maps"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=int, help="of UniAS in `models` instead of the configuration's")
+    parser.add_argument("--ablation-epochs", type=int, default=6)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then; the next call resumes")
+    parser.add_argument("--work", type=Path, default=Path("results/accuracy"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "accuracy")
+    args = parser.parse_args()
+    if not args.data.is_dir():
+        parser.error(f"{args.data} is no folder; give the inspection benchmark (nine category folders)")
+    study = Study(
+        root=args.data,
+        work=args.work,
+        report=Report.load(args.output),
+        deadline=time.monotonic() + 60 * args.minutes,
+    )
+    if "models" in args.sections:
+        for run in model_runs(args.seeds, args.epochs):
+            study.train("models", run)
+    if "maps" in args.sections:
+        study.compare_maps(f"unias_{args.seeds[0]}")
+    if "ablations" in args.sections:
+        for run in ablation_runs(args.ablation_epochs):
+            study.train("ablations", run)
+    print(study.report.markdown())
+
+
+if __name__ == "__main__":
+    main()

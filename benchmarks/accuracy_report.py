@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of ``accuracy.py``: JSON, Markdown and a picture."""
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from inspection_means import group_means
+from speed_report import machine, table
+
+Row = dict[str, Any]
+GROUPS = ("real", "synthetic", "all")
+SECTIONS = {
+    "models": "Models, one training for all nine categories each",
+    "maps": "Maps and image scores of the first UniAS, nothing retrained",
+    "ablations": "UniAS retrained with one thing changed, shorter trainings: compare within this table alone",
+}
+
+
+class Report:
+    """Results so far, written after every run.
+
+    Args:
+        path: Where they are written, without the suffix.
+        results: What is there already: ``results[section][run]`` with ``categories`` (metrics in [0, 1]), ``means``
+            (percent) and facts of the run.
+    """
+
+    def __init__(self, path: Path, results: dict[str, Any]) -> None:
+        self.path = path
+        self.results = results
+        self.left: list[str] = []
+
+    @classmethod
+    def load(cls, path: Path) -> "Report":
+        """Go on with the results of an earlier call."""
+        file = path.with_suffix(".json")
+        return cls(path, json.loads(file.read_text()) if file.exists() else {})
+
+    def rows(self, section: str) -> dict[str, Row]:
+        """Return the finished runs of a section."""
+        return self.results.get(section, {})
+
+    def unfinished(self, name: str) -> None:
+        """Note a run that this call could not finish."""
+        print(f"  {name} is not finished: call again to go on", flush=True)
+        self.left.append(name)
+
+    def add(self, section: str, name: str, categories: dict[str, dict[str, float]], facts: Row) -> None:
+        """Take a finished run and write all files."""
+        categories = {category: row for category, row in categories.items() if category != "mean"}
+        row = {"means": group_means(categories), **facts, "machine": _machine(), "categories": categories}
+        self.results.setdefault(section, {})[name] = row
+        self.results["summary"] = summary(self.rows("models"))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.with_suffix(".json").write_text(json.dumps(self.results, indent=2) + "\n")
+        self.path.with_suffix(".md").write_text(self.markdown())
+        if self.rows("models"):
+            draw(self.rows("models"), self.path.with_suffix(".png"))
+        print(f"    {name}: pixel AP {row['means']['all']['pixel_AP']} %", flush=True)
+
+    def markdown(self) -> str:
+        """Return all results as Markdown."""
+        text = [
+            "# Accuracy on the inspection benchmark",
+            "Percent; per category first, then the mean over the four real, the five synthetic, and all categories. "
+            "Not comparable with published figures of other datasets.",
+            table([{"key": key, "pixel AP": value} for key, value in self.results["summary"].items()], SUMMARY_COLUMNS),
+        ]
+        for section, title in SECTIONS.items():
+            rows = [_flat(name, row) for name, row in self.rows(section).items()]
+            if rows:
+                text += [f"## {title}", table(rows, tuple(dict.fromkeys(key for row in rows for key in row)))]
+        models = self.rows("models")
+        if models:
+            rows = [
+                {"category": name, **{run: 100 * row["categories"][name]["pixel_AP"] for run, row in models.items()}}
+                for name in next(iter(models.values()))["categories"]
+            ]
+            text += ["## Pixel AP per category", table(rows, ("category", *models))]
+        hosts = {_host(row["machine"]) for section in SECTIONS for row in self.rows(section).values()}
+        text += ["## Machines and versions", "\n".join(f"- {host}" for host in sorted(hosts))]
+        return "\n\n".join(text) + "\n"
+
+
+SUMMARY_COLUMNS = ("key", "pixel AP")
+
+
+def summary(models: dict[str, Row]) -> dict[str, float]:
+    """Return the mean pixel AP in percent over the seeds of each model: ``unias_all``, ``unias_real``, ..."""
+    result = {}
+    for model in dict.fromkeys(name.rpartition("_")[0] for name in models):
+        runs = [row for name, row in models.items() if name.rpartition("_")[0] == model]
+        for group in GROUPS:
+            result[f"{model}_{group}"] = round(fmean(row["means"][group]["pixel_AP"] for row in runs), 2)
+    return result
+
+
+def draw(models: dict[str, Row], path: Path) -> None:
+    """Draw pixel AP per category and learning curves."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (bars, curves) = plt.subplots(1, 2, figsize=(14, 4.5), width_ratios=(2, 1), layout="constrained")
+    names = list(next(iter(models.values()))["categories"])
+    width = 0.8 / len(models)
+    for index, (run, row) in enumerate(models.items()):
+        values = [100 * row["categories"][name]["pixel_AP"] for name in names]
+        bars.bar([x + width * index for x in range(len(names))], values, width, label=run)
+        if row["curve"]:
+            points = [*row["curve"], {"epoch": row["epochs"], "pixel_AP": row["means"]["all"]["pixel_AP"] / 100}]
+            curves.plot([p["epoch"] for p in points], [100 * p["pixel_AP"] for p in points], marker="o", label=run)
+    bars.set_xticks([x + 0.4 - width / 2 for x in range(len(names))], names, rotation=30, ha="right")
+    bars.set_ylabel("pixel AP, %")
+    curves.set_xlabel("epoch")
+    curves.set_ylabel("mean pixel AP, %")
+    for axes in (bars, curves):
+        axes.legend()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def _flat(name: str, row: Row) -> Row:
+    means = row["means"]
+    flat = {"run": name} | {f"pixel AP {group}": means[group]["pixel_AP"] for group in GROUPS}
+    flat |= {metric.replace("_", " "): means["all"][metric] for metric in ("DSC", "pixel_AUROC", "image_AUROC")}
+    for key in ("epochs", "fit_seconds_of_the_last_piece", "parameters"):
+        if key in row:
+            flat[key.replace("_", " ")] = row[key]
+    return flat
+
+
+def _machine() -> Row:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return machine(device, torch.get_num_threads())
+
+
+def _host(host: Row) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in host["versions"].items())
+    return f"{host['device']}, {host['cpu']}, {host['threads']} threads; commit {host['commit']}; {versions}"

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find defects with an exported UniAS: needs openvino, numpy and pillow, neither torch nor anomalib.
+
+    python openvino_predict.py model.xml part.png --out results
+    python openvino_predict.py model.xml *.png --category bolt     # the thresholds of category_thresholds.json
+
+Prints score and decision of each image; writes FOLDERS_NAME_heatmap.png and FOLDERS_NAME_mask.png of its size.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from PIL import Image
+
+
+def load(path: Path, precision: str = "f32") -> ov.CompiledModel:
+    """Load a model; OpenVINO by itself computes in bfloat16 where the CPU has it, and maps differ by percents."""
+    return ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+
+
+def predict(model: ov.CompiledModel, image: Image.Image) -> dict[str, Any]:
+    """Return score and map in [0, 1], label and mask; the model resizes and normalises the image by itself."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    outputs = model(pixels.transpose(2, 0, 1)[None])
+    return {name: outputs[name].squeeze() for name in ("pred_score", "pred_label", "anomaly_map", "pred_mask")}
+
+
+def decide_for(category: str, result: dict[str, Any], file: Path) -> None:
+    """Replace label and mask by those at the category's own thresholds."""
+    if not file.is_file():
+        raise SystemExit(f"--category needs {file.name} beside the model, and {file} does not exist.")
+    thresholds = json.loads(file.read_text(encoding="utf-8"))
+    if category not in thresholds["image"]:
+        raise SystemExit(f"Unknown category {category!r}; {file} has {', '.join(thresholds['image'])}.")
+    result["pred_label"] = result["pred_score"] > thresholds["image"][category]
+    result["pred_mask"] = result["anomaly_map"] > thresholds["pixel"][category]
+
+
+def save(result: dict[str, Any], image: Image.Image, out: Path, name: str) -> None:
+    """Write the map in red over the image, and the mask in black and white."""
+    out.mkdir(parents=True, exist_ok=True)
+    heat = Image.fromarray((result["anomaly_map"] * 200).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
+    overlay = image.convert("RGB")
+    overlay.paste((255, 0, 0), mask=heat)
+    overlay.save(out / f"{name}_heatmap.png")
+    mask = Image.fromarray(result["pred_mask"].astype(np.uint8) * 255)
+    mask.resize(image.size, Image.Resampling.NEAREST).save(out / f"{name}_mask.png")
+
+
+def main() -> None:
+    """Read the command line and predict image by image."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="model.xml or model.onnx of `anomalib export`")
+    parser.add_argument("images", type=Path, nargs="+")
+    parser.add_argument("--category", help="decide with the thresholds of this category")
+    parser.add_argument("--precision", choices=["f32", "bf16"], default="f32")
+    parser.add_argument("--out", type=Path, default=Path("predictions"))
+    arguments = parser.parse_args()
+    model = load(arguments.model, arguments.precision)
+    for path in arguments.images:
+        image = Image.open(path)
+        result = predict(model, image)
+        if arguments.category:
+            decide_for(arguments.category, result, arguments.model.with_name("category_thresholds.json"))
+        name = "_".join(path.with_suffix("").parts[-3:])  # datasets number the images of each folder anew
+        save(result, image, arguments.out, name)
+        print(f"{path}  score {result['pred_score']:.6f}  {'DEFECT' if result['pred_label'] else 'good'}")
+
+
+if __name__ == "__main__":
+    main()
