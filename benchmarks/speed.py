@@ -16,6 +16,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -25,14 +26,16 @@ from typing import Any
 import numpy as np
 import torch
 from speed_models import Predict, Setup, predictor, unias, variants
-from speed_report import FOLDED, PLAIN, Report, Row, machine
+from speed_report import FOLDED, PLAIN, PLAIN_CHANNELS_LAST, Report, Row, machine
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from anomalib_uniass.components.recomputation import keep_activations
 from anomalib_uniass.metrics import CategoryMetrics
 from anomalib_uniass.models.reconstruction import GRADIENT_CLIP
 
 BATCHES = (1, 8)
+FORMS = (PLAIN, PLAIN_CHANNELS_LAST, FOLDED)
 TRAIN_BATCH = 8
 MEMORY_STEPS = 3  # the first one makes the optimizer's state
 WARM_UP, MIN_ROUNDS = 2, 3
@@ -168,19 +171,20 @@ def build_variants(
     return predicts, differences
 
 
-def train_step(setup: Setup, *, plain: bool) -> Callable[[int], float]:
+def train_step(setup: Setup, form: str) -> Callable[[int], float]:
     """Return a training step as Lightning runs it (forward, loss, backward, clipping, AdamW); it gives the loss.
 
-    Images, jitter and dropout of step n are the same whatever the form.
+    Images, jitter and dropout of step n are the same whatever the form, if its maps have the same layout.
     """
-    model = unias(setup, plain=plain).train()
+    model = unias(setup, form).train()
     configuration: Any = model.configure_optimizers()
     optimizer = configuration["optimizer"]
 
     def step(number: int) -> float:
         torch.manual_seed(number)
         image = torch.randn(TRAIN_BATCH, 3, setup.image_size, setup.image_size, device=setup.device)
-        loss = model.loss(*model.model.reconstruct(image))
+        with nullcontext() if form == FOLDED else keep_activations():
+            loss = model.loss(*model.model.reconstruct(image))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.model.parameters(), GRADIENT_CLIP)
@@ -191,8 +195,8 @@ def train_step(setup: Setup, *, plain: bool) -> Callable[[int], float]:
 
 
 def training(setup: Setup, _: Report) -> Row:
-    """Train both forms side by side: time per image and loss curves from the same start."""
-    steps = {name: train_step(setup, plain=name == PLAIN) for name in (PLAIN, FOLDED)}
+    """Train all forms side by side: time per image and loss curves from the same start."""
+    steps = {name: train_step(setup, name) for name in FORMS}
     seconds: dict[str, list[float]] = defaultdict(list)
     losses: dict[str, list[float]] = defaultdict(list)
     for number in range(setup.train_steps):
@@ -202,7 +206,7 @@ def training(setup: Setup, _: Report) -> Row:
             duration, loss = timed(partial(step, number), setup.device)
             seconds[name].append(duration)
             losses[name].append(loss)
-    plain, folded = np.array(losses[PLAIN]), np.array(losses[FOLDED])
+    plain, folded = np.array(losses[PLAIN_CHANNELS_LAST]), np.array(losses[FOLDED])
     warm = {name: values[1:] for name, values in seconds.items()}  # the first step makes the optimizer's state
     return {
         "rows": [{"variant": name, "batch": TRAIN_BATCH, **spread(warm[name], TRAIN_BATCH)} for name in warm],
@@ -215,17 +219,17 @@ def training(setup: Setup, _: Report) -> Row:
 def train_memory(setup: Setup, _: Report) -> list[Row]:
     """Train some steps in a process of its own per form, because a reused heap hides what a form needs."""
     rows = []
-    for name in (PLAIN, FOLDED):
+    for name in FORMS:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            memory = process.submit(measure_train_memory, setup, plain=name == PLAIN).result()
+            memory = process.submit(measure_train_memory, setup, name).result()
         rows.append({"variant": name, "batch": TRAIN_BATCH, **memory})
     return rows
 
 
-def measure_train_memory(setup: Setup, *, plain: bool) -> Row:
+def measure_train_memory(setup: Setup, form: str) -> Row:
     """Return memory before the first training step, at its peak since, and what training needs, in MiB."""
     torch.set_num_threads(setup.threads)
-    step = train_step(setup, plain=plain)
+    step = train_step(setup, form)
     on_gpu = setup.device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else resident_bytes("VmRSS")
     for number in range(MEMORY_STEPS):
@@ -246,10 +250,10 @@ def resident_bytes(field: str) -> int:
 
 
 def image_sizes(setup: Setup, report: Report) -> list[Row]:
-    """Time both forms of UniAS over the image size, batch 1."""
+    """Time the forms of UniAS over the image size, batch 1."""
     rows: list[Row] = []
     for size in setup.sizes:
-        models = {name: unias(setup, plain=name == PLAIN, size=size) for name in (PLAIN, FOLDED)}
+        models = {name: unias(setup, name, size=size) for name in FORMS}
         calls = {name: partial(predictor(model), setup.images(1, size)) for name, model in models.items()}
         rows += [{"variant": name, "size": size, **spread(s, 1)} for name, s in interleave(calls, setup).items()]
         report.add("image_size", rows)
@@ -267,7 +271,7 @@ def operations(setup: Setup, _: Report) -> Row:
     image = setup.images(1)
     rows: list[Row] = []
     for name in (PLAIN, FOLDED):
-        network = unias(setup, plain=name == PLAIN).model
+        network = unias(setup, name).model
         milliseconds = part_times(network, image, setup)
         with FlopCounterMode(display=False) as counter:
             network(image)

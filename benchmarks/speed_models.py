@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from anomalib.models.components import AnomalibModule
-from speed_report import FOLDED, PLAIN, SUMMARY
-from torch import Tensor
+from speed_report import FOLDED, PLAIN, PLAIN_CHANNELS_LAST, SUMMARY
+from torch import Tensor, nn
 
 from anomalib_uniass import UniAD, UniAS
 
@@ -65,8 +65,8 @@ class Setup:
         return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)).to(self.device)
 
 
-def unias(setup: Setup, *, plain: bool = False, size: int | None = None) -> UniAS:
-    """Build UniAS, always with the same weights; with `plain`, the heads never fold."""
+def unias(setup: Setup, form: str = FOLDED, *, size: int | None = None) -> UniAS:
+    """Build UniAS in one of the three float32 forms of ``speed_report.PLAIN_MEANS``, always with the same weights."""
     model = UniAS(
         setup.backbone,
         pre_trained=False,
@@ -78,9 +78,13 @@ def unias(setup: Setup, *, plain: bool = False, size: int | None = None) -> UniA
         evaluator=False,
         visualizer=False,
     )
-    if plain:
-        for head in model.model.heads:
-            head.forward = head.plain  # type: ignore[assignment]
+    nn.init.constant_(model.model.norm.bias, 1e-3)  # an initial one is refused by the export, for want of training
+    if form != FOLDED:
+        for part in (*model.model.heads, model.model.source_embedding):
+            part.forward = part.plain  # type: ignore[assignment]
+    if form == PLAIN:
+        model.model.to(memory_format=torch.contiguous_format)
+        model.model.backbone.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous())
     return model.to(setup.device).eval()
 
 
@@ -188,7 +192,8 @@ def variants(setup: Setup, folder: Path) -> dict[str, tuple[Callable[[], Predict
     """Return how to build each variant, and its image size; the export goes to `folder`."""
     float32 = SUMMARY["openvino_f32"]
     ours: dict[str, Callable[[], Predict]] = {
-        PLAIN: lambda: predictor(unias(setup, plain=True)),
+        PLAIN: lambda: predictor(unias(setup, PLAIN)),
+        PLAIN_CHANNELS_LAST: lambda: predictor(unias(setup, PLAIN_CHANNELS_LAST)),
         FOLDED: lambda: predictor(unias(setup)),
         "UniAS folded, bfloat16 autocast": lambda: predictor(unias(setup), torch.bfloat16),
         "UniAS folded, torch.compile": partial(compiled, setup),

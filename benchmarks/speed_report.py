@@ -16,7 +16,14 @@ import torch
 
 Row = dict[str, Any]
 
-PLAIN, FOLDED = "UniAS plain, float32", "UniAS folded, float32"
+PLAIN, PLAIN_CHANNELS_LAST = "UniAS plain, float32", "UniAS plain, channels_last"
+FOLDED = "UniAS folded, float32"
+PLAIN_MEANS = (
+    f"`{PLAIN}` is the model as the paper writes it in PyTorch's default layout: heads and source embedding as "
+    "separate layers, contiguous (NCHW) maps, every activation kept for the backward pass. "
+    f"`{PLAIN_CHANNELS_LAST}` differs from it in the layout of the maps alone, which is ours. `UniAS folded` is the "
+    "model as the package runs it: both folded, and what is cheap computed again in the backward pass."
+)
 SUMMARY = {
     "torch_folded": FOLDED,
     "openvino_f32": "UniAS folded, OpenVINO float32",
@@ -127,6 +134,7 @@ def markdown(results: Row) -> str:
         f"{host['cores']} cores, load {host['load']:.1f} at the start; commit {host['commit']}, {host['date']}; "
         + ", ".join(f"{name} {number}" for name, number in host["versions"].items()),
         table([{"ratio": key, "value": value} for key, value in results["summary"].items()], ("ratio", "value")),
+        PLAIN_MEANS,
     ]
     for section, (title, columns) in TABLES.items():
         result = results.get(section)
@@ -134,7 +142,11 @@ def markdown(results: Row) -> str:
             text += [f"## {title}", table(result if isinstance(result, list) else result["rows"], columns)]
         if result is not None and section == "training":
             difference = result["largest_relative_loss_difference"]
-            text.append(f"Losses of the first {result['steps']} steps differ by {difference:.1e} at most (relative).")
+            text.append(
+                f"Losses of the first {result['steps']} steps differ by {difference:.1e} at most (relative) between "
+                f"`{FOLDED}` and `{PLAIN_CHANNELS_LAST}`: in the same layout, the same random numbers of jitter and "
+                "dropout fall on the same places."
+            )
         if result is not None and section == "operations":
             text.append(bounds(result))
     if results["skipped"]:

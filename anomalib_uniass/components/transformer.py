@@ -3,6 +3,8 @@
 
 from torch import Tensor, nn
 
+from anomalib_uniass.components.recomputation import recompute
+
 
 class AttentionLayer(nn.Module):
     """Multi-head attention with dropout, residual and post-norm: ``(B, N, D) -> (B, N, D)``.
@@ -40,8 +42,11 @@ class AttentionLayer(nn.Module):
         query = tokens if query is None else query
         key = tokens if key is None else key
         value = tokens if value is None else value
-        attended, _ = self.attention(query, key, value, attn_mask=mask, need_weights=False)
+        attended = recompute(self._attend, query, key, value, mask)
         return self.norm(tokens + self.dropout(attended))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return self.attention(query, key, value, attn_mask=mask, need_weights=False)[0]
 
 
 class FeedForwardLayer(nn.Module):
@@ -63,8 +68,11 @@ class FeedForwardLayer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Transform and add."""
-        hidden = self.dropout(self.activation(self.linear1(tokens)))
-        return self.norm(tokens + self.dropout(self.linear2(hidden)))
+        transformed = recompute(self._transform, tokens)
+        return self.norm(tokens + self.dropout(transformed))
+
+    def _transform(self, tokens: Tensor) -> Tensor:
+        return self.linear2(self.dropout(self.activation(self.linear1(tokens))))
 
 
 class EncoderLayer(nn.Module):

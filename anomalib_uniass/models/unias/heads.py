@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_uniass.components.folding import FoldingModule
 from anomalib_uniass.models.unias.head_folding import (
     AxisOperators,
     apply_folded,
@@ -19,7 +20,7 @@ from anomalib_uniass.models.unias.head_folding import (
 FOLD_GAIN = 2
 
 
-class ReconstructionHead(nn.Module):
+class ReconstructionHead(FoldingModule):
     """Upsample and convolve three times: ``(B, D, h, w) -> (B, C, h * scale, w * scale)``.
 
     Bilinear upsampling (``align_corners=True``), then three 3x3 convolutions with zero padding and no activation
@@ -34,6 +35,7 @@ class ReconstructionHead(nn.Module):
         scale: Upsampling factor.
     """
 
+    constants = ("folded_weight", "folded_bias")
     folded_weight: Tensor
     folded_bias: Tensor
 
@@ -46,14 +48,10 @@ class ReconstructionHead(nn.Module):
             nn.Conv2d(hidden_dim, out_channels, kernel_size=3, padding=1),
         )
         self.rows, self.columns = (AxisOperators(size, scale=scale) for size in grid_size)
-        self.register_buffer("folded_weight", None, persistent=False)
-        self.register_buffer("folded_bias", None, persistent=False)
-        self._folded_version: tuple[int, ...] | None = None
         sizes = (hidden_dim, out_channels, self.rows, self.columns)
         self._plain_cost, self._folded_cost = plain_cost(*sizes), folded_cost(*sizes)
         self._folding_cost = folding_cost(hidden_dim, out_channels)
-        self._folds_ahead = FOLD_GAIN * self._folded_cost < self._plain_cost
-        self.register_load_state_dict_post_hook(_fold_anew)
+        self.folds_ahead = FOLD_GAIN * self._folded_cost < self._plain_cost
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct the features of the level, by the cheaper form."""
@@ -61,7 +59,7 @@ class ReconstructionHead(nn.Module):
             images = len(x)  # they share the cost of folding the weights of this step
             if FOLD_GAIN * (self._folding_cost + images * self._folded_cost) < images * self._plain_cost:
                 return self.folded(x, *self.fold())
-        elif self._folds_ahead:
+        elif self.folds_ahead:
             self.fold_ahead()
             return self.folded(x, self.folded_weight, self.folded_bias)
         return self.plain(x)
@@ -80,26 +78,3 @@ class ReconstructionHead(nn.Module):
         with torch.autocast(w1.device.type, enabled=False):
             weights, biases = (w1, w2, w3), (b1, b2, b3)
             return fold_weights(weights, self.rows, self.columns), fold_biases(weights, biases, self.rows, self.columns)
-
-    def fold_ahead(self) -> None:
-        """Keep folded weights and biases as constants for inference, unless they are those of the parameters now."""
-        if torch.compiler.is_compiling() or not self._folds_ahead:
-            return
-        version = tuple(parameter._version for parameter in self.convs.parameters())
-        if version != self._folded_version:
-            with torch.inference_mode(False), torch.no_grad():
-                self.folded_weight, self.folded_bias = self.fold()
-            self._folded_version = version
-
-    def train(self, mode: bool = True) -> "ReconstructionHead":
-        """Switch mode; evaluation folds ahead, so that an exporter meets constants."""
-        super().train(mode)
-        if not mode:
-            self.fold_ahead()
-        return self
-
-
-def _fold_anew(head: ReconstructionHead, _: object) -> None:
-    """Fold after a state dict was loaded: parameters that were assigned, not copied, start at an old version."""
-    head._folded_version = None
-    head.fold_ahead()

@@ -7,6 +7,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_uniass.components.recomputation import recompute
+
 CosineTerm = Literal["distance", "release"]
 
 
@@ -37,7 +39,7 @@ class ReconstructionLoss(nn.Module):
 
     def forward(self, reconstructions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """Compare reconstructions ``[(B, C_i, H_i, W_i)]`` with targets of the same order and shapes."""
-        levels = [self._level(r, t) for r, t in zip(reconstructions, targets, strict=True)]
+        levels = [recompute(self._level, r, t) for r, t in zip(reconstructions, targets, strict=True)]
         return self.weight * sum(levels[1:], start=levels[0])
 
     def _level(self, reconstruction: Tensor, target: Tensor) -> Tensor:

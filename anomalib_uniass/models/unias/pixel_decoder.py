@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pixel decoder: a feature pyramid network with a transformer encoder on its deepest level."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass.components.position_encoding import sine_position_encoding_2d
+from anomalib_uniass.components.recomputation import recompute
 from anomalib_uniass.components.transformer import EncoderLayer
 
 NORM_GROUPS = 32
@@ -71,15 +73,44 @@ class FPNPixelDecoder(nn.Module):
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return the memory y4, y3, y2, y1, coarse to fine."""
         *fine, deepest = inputs
+        return self.fuse(list, self.encode(deepest), *fine)
+
+    def encode(self, deepest: Tensor) -> Tensor:
+        """Return y4, the encoded deepest level: ``(B, C_4, h, w) -> (B, D, h, w)``."""
         x = self.input_proj(deepest)
         tokens = x.flatten(2).transpose(1, 2)  # (B, N, D)
         for layer in self.encoder:
             tokens = layer(tokens, position=self.position)
-        y = F.relu(self.deepest_conv(tokens.transpose(1, 2).unflatten(2, x.shape[-2:])))
+        return F.relu(self.deepest_conv(tokens.transpose(1, 2).unflatten(2, x.shape[-2:])))
 
+    def fuse(self, use: Callable[[list[Tensor]], list[Tensor]], y: Tensor, *fine: Tensor) -> list[Tensor]:
+        """Go from y4 down through the other levels; images do not depend on each other.
+
+        Args:
+            use: What is done with the memory y4, y3, y2, y1. If it begins with cheap operators or a convolution, y1,
+                the largest map by far, need not be kept for the backward pass.
+            y: The encoded deepest level y4.
+            fine: The inputs of the other levels, fine to coarse.
+
+        Returns:
+            What `use` makes of the memory.
+        """
+        levels = zip(self.lateral_convs, self.output_convs, reversed(fine), strict=True)
+        *lower, last = cast("Iterable[tuple[nn.Module, nn.Sequential, Tensor]]", levels)
         memory = [y]
-        for lateral_conv, output_conv, x in zip(self.lateral_convs, self.output_convs, reversed(fine), strict=True):
-            upsampled = F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
-            y = output_conv(lateral_conv(x) + upsampled)
-            memory.append(y)
-        return memory
+        for lateral_conv, output_conv, x in lower:
+            memory.append(output_conv[1:](recompute(_fuse, lateral_conv, output_conv[0], x, memory[-1])))
+        lateral_conv, output_conv, x = last
+        fused = recompute(_fuse, lateral_conv, output_conv[0], x, memory[-1])
+        return recompute(_normalize_and_use, output_conv[1:], use, memory, fused)
+
+
+def _fuse(lateral_conv: nn.Module, conv: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    upsampled = F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
+    return conv(lateral_conv(x) + upsampled)
+
+
+def _normalize_and_use(
+    norm: nn.Module, use: Callable[[list[Tensor]], list[Tensor]], memory: list[Tensor], fused: Tensor
+) -> list[Tensor]:
+    return use([*memory, norm(fused)])

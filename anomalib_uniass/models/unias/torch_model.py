@@ -13,6 +13,7 @@ from anomalib_uniass.components.backbone import FeaturePyramid
 from anomalib_uniass.components.feature_jitter import FeatureJitter
 from anomalib_uniass.components.gaussian_split import GaussianFrequencySplit
 from anomalib_uniass.components.mgg_cnn import MultiGranularityGatedCNN
+from anomalib_uniass.components.recomputation import saves_memory
 from anomalib_uniass.components.seeding import seeded
 from anomalib_uniass.components.standardization import FeatureStandardization
 from anomalib_uniass.components.token_grid import check_image_size, token_grid
@@ -21,6 +22,9 @@ from anomalib_uniass.models.unias.decoder import HEADS, SourceEmbedding, Spatial
 from anomalib_uniass.models.unias.heads import ReconstructionHead
 from anomalib_uniass.models.unias.pixel_decoder import NORM_GROUPS, FPNPixelDecoder
 from anomalib_uniass.models.unias.queries import GatedQueryGenerator
+
+PART_BYTES = 2**24
+"""Size of the pixel decoder's largest map above which a CPU trains on part of the batch's images at a time."""
 
 
 class Reconstruction(NamedTuple):
@@ -150,13 +154,26 @@ class UniASModel(nn.Module):
         targets, inputs = self.frequency_split(features)
         inputs = [self.jitter(x) for x in inputs]
 
-        memory = self.pixel_decoder(inputs)  # coarse to fine from here on
-        sources = self.source_embedding(memory)
-        queries = self.query_generator(memory[0])
-        tokens = self.decoder(queries, sources)
-        maps = [self.norm(t).mT.unflatten(2, memory[0].shape[-2:]) for t in tokens]
+        deepest, sources = self._embed(inputs)  # coarse to fine from here on
+        tokens = self.decoder(self.query_generator(deepest), sources)
+        maps = [self.norm(t).mT.unflatten(2, deepest.shape[-2:]) for t in tokens]
         reconstructions = [head(x) for head, x in zip(self.heads, maps, strict=True)]
         return Reconstruction(reconstructions, targets[::-1])
+
+    def _embed(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Return the deepest memory map ``(B, D, h, w)`` and the source tokens ``[(B, N, D)]``, coarse to fine."""
+        if not saves_memory():
+            memory = self.pixel_decoder(inputs)
+            return memory[0], self.source_embedding(memory)
+        *fine, deepest = inputs
+        y = self.pixel_decoder.encode(deepest)
+        embed = self.source_embedding.form(y[:, 0].numel())
+        count = len(y)
+        if y.is_cpu:  # in parts: caches do not hold larger maps, and the allocator fetches them from the system anew
+            count = max(1, PART_BYTES // (y.shape[1] * fine[0][0, 0].numel() * y.element_size()))
+        parts = zip(*(x.split(count) for x in (y, *fine)), strict=True)
+        sources = [self.pixel_decoder.fuse(embed, *part) for part in parts]
+        return y, [torch.cat(level) for level in zip(*sources, strict=True)]
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> InferenceBatch:

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers in a row, folded into one: in every training step, or once as constants for inference."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class FoldingModule(nn.Module):
+    """A module that keeps folded weights as constants (buffers outside the state dict) for inference.
+
+    They are those of the parameters at all times: evaluation mode and loading fold ahead, so that an exporter meets
+    constants, and :meth:`fold_ahead` notices parameters that have changed since.
+
+    Attributes:
+        folds_ahead: Whether inference uses the folded weights at all.
+    """
+
+    constants: ClassVar[tuple[str, ...]]
+    """Names of the buffers, in the order of :meth:`fold`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.constants:
+            self.register_buffer(name, None, persistent=False)
+        self.folds_ahead = True
+        self._folded_version: tuple[int, ...] | None = None
+        self.register_load_state_dict_post_hook(_fold_anew)
+
+    def fold(self) -> tuple[Tensor, ...]:
+        """Fold the weights, differentiably and in full precision."""
+        raise NotImplementedError
+
+    def fold_ahead(self) -> None:
+        """Bring the constants up to date with the parameters."""
+        if torch.compiler.is_compiling() or not self.folds_ahead:
+            return
+        version = tuple(parameter._version for parameter in self.parameters())
+        if version != self._folded_version:
+            with torch.inference_mode(False), torch.no_grad():
+                for name, tensor in zip(self.constants, self.fold(), strict=True):
+                    setattr(self, name, tensor)
+            self._folded_version = version
+
+    def train(self, mode: bool = True) -> "FoldingModule":
+        """Switch mode; evaluation folds ahead."""
+        super().train(mode)
+        if not mode:
+            self.fold_ahead()
+        return self
+
+
+def _fold_anew(module: FoldingModule, _: object) -> None:
+    """Fold after a state dict was loaded: parameters that were assigned, not copied, start at an old version."""
+    module._folded_version = None
+    module.fold_ahead()

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training with recomputed activations: the same losses and gradients, from less memory."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from anomalib_uniass.components.recomputation import keep_activations, recompute, saves_memory
+from anomalib_uniass.models.unias import torch_model
+from anomalib_uniass.models.unias.loss import ReconstructionLoss
+from anomalib_uniass.models.unias.torch_model import UniASModel
+
+
+@pytest.fixture
+def model() -> UniASModel:
+    return UniASModel(
+        "resnet18", pre_trained=False, image_size=(128, 128), hidden_dim=32, feedforward_dim=128, seed=0
+    ).train()
+
+
+def loss_of(model: UniASModel) -> Tensor:
+    torch.manual_seed(1)  # of jitter and dropout too
+    return ReconstructionLoss()(*model.reconstruct(torch.randn(3, 3, 128, 128)))
+
+
+def gradients(model: UniASModel) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = loss_of(model)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("part_bytes", [1, 2**24], ids=["image by image", "whole batch"])
+def test_losses_and_gradients_are_those_of_kept_activations(
+    model: UniASModel, part_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_model, "PART_BYTES", part_bytes)
+    with keep_activations():
+        kept_loss, kept = gradients(model)
+    loss, recomputed = gradients(model)
+    torch.testing.assert_close(loss, kept_loss, rtol=1e-6, atol=0)
+    assert recomputed.keys() == kept.keys()
+    for name, gradient in kept.items():
+        assert (recomputed[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+def test_at_most_three_fifths_of_the_activations_are_kept(model: UniASModel) -> None:
+    parameters = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+
+    def kept_bytes() -> int:
+        storages: dict[int, Any] = {}  # holding them keeps their addresses from being used again
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                storages[storage.data_ptr()] = storage
+            return tensor
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            loss_of(model)
+        return sum(storage.nbytes() for storage in storages.values())
+
+    with keep_activations():
+        everything = kept_bytes()
+    assert kept_bytes() < 0.6 * everything
+
+
+def test_a_product_at_the_end_is_not_computed_again() -> None:
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        recompute(lambda a: torch.mm(a.relu(), weight.mT), x).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 3 * 4 * 5  # forward and two gradients
+
+
+def test_nothing_is_recomputed_without_gradients_or_where_activations_are_kept() -> None:
+    assert saves_memory()
+    with torch.no_grad():
+        assert not saves_memory()
+    with pytest.raises(RuntimeError, match="stop"), keep_activations():
+        assert not saves_memory()
+        raise RuntimeError("stop")
+    assert saves_memory()
