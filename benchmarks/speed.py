@@ -16,7 +16,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -30,7 +29,7 @@ from speed_report import FOLDED, PLAIN, PLAIN_CHANNELS_LAST, Report, Row, machin
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from anomalib_uniass.components.recomputation import keep_activations
+from anomalib_uniass.components.recomputation import recomputation
 from anomalib_uniass.metrics import CategoryMetrics
 from anomalib_uniass.models.reconstruction import GRADIENT_CLIP
 
@@ -183,7 +182,7 @@ def train_step(setup: Setup, form: str) -> Callable[[int], float]:
     def step(number: int) -> float:
         torch.manual_seed(number)
         image = torch.randn(TRAIN_BATCH, 3, setup.image_size, setup.image_size, device=setup.device)
-        with nullcontext() if form == FOLDED else keep_activations():
+        with recomputation(form == FOLDED):
             loss = model.loss(*model.model.reconstruct(image))
         optimizer.zero_grad()
         loss.backward()

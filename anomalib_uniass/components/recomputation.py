@@ -10,34 +10,38 @@ from torch.utils.checkpoint import checkpoint
 
 T = TypeVar("T")
 
-_keep_activations = False
+_recomputes = False
 
 
 def recompute(function: Callable[..., T], *inputs: object) -> T:
-    """Call a function, and compute its intermediate results again in the backward pass instead of keeping them.
+    """Call a function; within :func:`recomputation`, do not keep its intermediate results for the backward pass.
 
-    The repetition has the same random numbers, and stops at the last tensor that the backward pass needs. A function
-    that ends in a convolution or a matrix product, behind operators that are cheap, therefore costs these operators
-    alone, and its results and gradients are the same to the last bit.
+    They are computed again there, with the same random numbers, up to the last tensor that the backward pass needs. A
+    function that ends in a convolution or a matrix product, behind operators that are cheap, therefore costs these
+    operators alone, and its results and gradients are the same to the last bit.
 
     Args:
         function: What to compute.
         inputs: Its inputs, the only tensors that are kept.
     """
-    return checkpoint(function, *inputs, use_reentrant=False) if saves_memory() else function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False) if recomputes() else function(*inputs)
 
 
-def saves_memory() -> bool:
-    """Tell whether activations would be kept for a backward pass, and are to be spared."""
-    return torch.is_grad_enabled() and not _keep_activations
+def recomputes() -> bool:
+    """Tell whether activations would be kept for a backward pass, and are to be computed again instead."""
+    return torch.is_grad_enabled() and _recomputes
 
 
 @contextmanager
-def keep_activations() -> Iterator[None]:
-    """Keep all activations of what is computed within: the reference for tests and benchmarks."""
-    global _keep_activations
-    _keep_activations = True
+def recomputation(enabled: bool = True) -> Iterator[None]:
+    """Compute again in the backward pass what is cheap, for all that is computed within.
+
+    Args:
+        enabled: False keeps all activations, as PyTorch does by itself.
+    """
+    global _recomputes
+    before, _recomputes = _recomputes, enabled
     try:
         yield
     finally:
-        _keep_activations = False
+        _recomputes = before

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from anomalib.data import ImageBatch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from anomalib_uniass.components.recomputation import keep_activations, recompute, saves_memory
+from anomalib_uniass import UniAS
+from anomalib_uniass.components.recomputation import recomputation, recompute, recomputes
 from anomalib_uniass.models.unias import torch_model
 from anomalib_uniass.models.unias.loss import ReconstructionLoss
 from anomalib_uniass.models.unias.torch_model import UniASModel
@@ -39,9 +41,9 @@ def test_losses_and_gradients_are_those_of_kept_activations(
     model: UniASModel, part_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch_model, "PART_BYTES", part_bytes)
-    with keep_activations():
-        kept_loss, kept = gradients(model)
-    loss, recomputed = gradients(model)
+    kept_loss, kept = gradients(model)
+    with recomputation():
+        loss, recomputed = gradients(model)
     torch.testing.assert_close(loss, kept_loss, rtol=1e-6, atol=0)
     assert recomputed.keys() == kept.keys()
     for name, gradient in kept.items():
@@ -64,23 +66,40 @@ def test_at_most_three_fifths_of_the_activations_are_kept(model: UniASModel) -> 
             loss_of(model)
         return sum(storage.nbytes() for storage in storages.values())
 
-    with keep_activations():
-        everything = kept_bytes()
-    assert kept_bytes() < 0.6 * everything
+    everything = kept_bytes()
+    with recomputation():
+        assert kept_bytes() < 0.6 * everything
 
 
 def test_a_product_at_the_end_is_not_computed_again() -> None:
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, recomputation():
         recompute(lambda a: torch.mm(a.relu(), weight.mT), x).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 3 * 4 * 5  # forward and two gradients
 
 
-def test_nothing_is_recomputed_without_gradients_or_where_activations_are_kept() -> None:
-    assert saves_memory()
-    with torch.no_grad():
-        assert not saves_memory()
-    with pytest.raises(RuntimeError, match="stop"), keep_activations():
-        assert not saves_memory()
+def test_recomputation_is_asked_for() -> None:
+    assert not recomputes()
+    with recomputation():
+        assert recomputes()
+        with torch.no_grad():
+            assert not recomputes()
+        with recomputation(enabled=False):
+            assert not recomputes()
+        assert recomputes()
+    with pytest.raises(RuntimeError, match="stop"), recomputation():
         raise RuntimeError("stop")
-    assert saves_memory()
+    assert not recomputes()
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_training_step_recomputes_if_the_model_says_so(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = UniAS(
+        "resnet18", pre_trained=False, image_size=(128, 128), hidden_dim=32, feedforward_dim=32,
+        recompute_activations=enabled,
+    )  # fmt: skip
+    seen = []
+    monkeypatch.setattr(model.loss, "forward", lambda *_: seen.append(recomputes()) or torch.zeros(()))
+    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    model.training_step(ImageBatch(image=torch.rand(1, 3, 128, 128)), 0)
+    assert seen == [enabled]

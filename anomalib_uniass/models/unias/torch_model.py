@@ -13,7 +13,7 @@ from anomalib_uniass.components.backbone import FeaturePyramid
 from anomalib_uniass.components.feature_jitter import FeatureJitter
 from anomalib_uniass.components.gaussian_split import GaussianFrequencySplit
 from anomalib_uniass.components.mgg_cnn import MultiGranularityGatedCNN
-from anomalib_uniass.components.recomputation import saves_memory
+from anomalib_uniass.components.recomputation import recomputes
 from anomalib_uniass.components.seeding import seeded
 from anomalib_uniass.components.standardization import FeatureStandardization
 from anomalib_uniass.components.token_grid import check_image_size, token_grid
@@ -162,7 +162,7 @@ class UniASModel(nn.Module):
 
     def _embed(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return the deepest memory map ``(B, D, h, w)`` and the source tokens ``[(B, N, D)]``, coarse to fine."""
-        if not saves_memory():
+        if not recomputes():
             memory = self.pixel_decoder(inputs)
             return memory[0], self.source_embedding(memory)
         *fine, deepest = inputs
