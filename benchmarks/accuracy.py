@@ -22,8 +22,9 @@ from typing import Any
 import torch
 import yaml
 from accuracy_report import Report
+from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
-from anomalib.models import get_model
+from anomalib.models import AnomalibModule, get_model
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -80,6 +81,25 @@ class LearningCurve(Callback):
         self.points = state_dict["points"]
 
 
+class StopAtDeadline(Callback):
+    """Stop after the epoch in which the deadline passes.
+
+    Lightning's ``max_time`` stops within an epoch, does not make up for the rest of it, and counts the time of earlier
+    pieces too.
+
+    Args:
+        deadline: Time of the monotonic clock.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop if it is time."""
+        del pl_module
+        trainer.should_stop = trainer.should_stop or time.monotonic() >= self.deadline
+
+
 @torch.no_grad()
 def score(
     model: LightningModule, datamodule: Unified, predictions: list[Callable[[Any, Tensor], Any]]
@@ -127,40 +147,47 @@ class Study:
         """Train and test unless done before."""
         if run.name in self.report.rows(section):
             return
-        minutes_left = (self.deadline - time.monotonic()) / 60
-        if minutes_left < 1:
-            self.report.unfinished(run.name)
-            return
-        print(f"  {run.name} ...", flush=True)
-        model = get_model({"class_path": run.model, "init_args": run.arguments})
         curve = LearningCurve(round(share * run.epochs) for share in CURVE_SHARES) if run.epochs else LearningCurve(())
-        timing = {} if self.deadline == float("inf") else {"max_time": {"minutes": minutes_left}}
-        length = {} if run.epochs is None else {"max_epochs": run.epochs, "check_val_every_n_epoch": 1}
-        engine = Engine(default_root_dir=self.work / run.name, callbacks=[curve], barebones=False, **length, **timing)
         datamodule = self.datamodule()
-        start = time.monotonic()
-        engine.fit(model, datamodule=datamodule, ckpt_path=self.checkpoint(run.name))
-        seconds = time.monotonic() - start
-        if run.epochs is not None and engine.trainer.current_epoch < run.epochs:
-            self.report.unfinished(run.name)
+        fitted = self.fit(run, datamodule, curve)
+        if fitted is None:
             return
+        model, engine, facts = fitted
         engine.test(model, datamodule=datamodule, verbose=False)
         table = next(c.table for c in engine.trainer.callbacks if isinstance(c, CategoryMetricsCallback))
-        self.report.add(
-            section,
-            run.name,
-            table,
-            {
-                "model": run.model,
-                "arguments": run.arguments,
-                "epochs": run.epochs,
-                "fit_seconds_of_the_last_piece": round(seconds),
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-                "device": str(engine.trainer.strategy.root_device.type),
-                "curve": curve.points,
-            },
-        )
+        self.report.add(section, run.name, table, facts | {"curve": curve.points})
+
+    def fit(
+        self, run: Run, datamodule: AnomalibDataModule, *callbacks: Callback
+    ) -> tuple[AnomalibModule, Engine, dict[str, Any]] | None:
+        """Train a model, or go on training it, until it is done or the deadline passes.
+
+        Returns:
+            The trained model, its engine and the facts of the run; None if it is not finished.
+        """
+        if time.monotonic() >= self.deadline:
+            self.report.unfinished(run.name)
+            return None
+        print(f"  {run.name} ...", flush=True)
+        model = get_model({"class_path": run.model, "init_args": run.arguments | {"evaluator": False}})
+        length = {} if run.epochs is None else {"max_epochs": run.epochs, "check_val_every_n_epoch": 1}
+        stop = StopAtDeadline(self.deadline)
+        engine = Engine(default_root_dir=self.work / run.name, callbacks=[*callbacks, stop], **length)
+        start = time.monotonic()
+        engine.fit(model, datamodule=datamodule, ckpt_path=self.checkpoint(run.name))
+        if run.epochs is not None and engine.trainer.current_epoch < run.epochs:
+            self.report.unfinished(run.name)
+            return None
+        facts = {
+            "model": run.model,
+            "arguments": run.arguments,
+            "epochs": run.epochs,
+            "fit_seconds_of_the_last_piece": round(time.monotonic() - start),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "device": engine.trainer.strategy.root_device.type,
+        }
+        return model, engine, facts
 
     def compare_maps(self, name: str) -> None:
         """Score other maps and image scores of a trained UniAS, each with one thing changed."""

@@ -51,7 +51,7 @@ class Report:
     def add(self, section: str, name: str, categories: dict[str, dict[str, float]], facts: Row) -> None:
         """Take a finished run and write all files."""
         categories = {category: row for category, row in categories.items() if category != "mean"}
-        row = {"means": group_means(categories), **facts, "machine": _machine(), "categories": categories}
+        row = {"means": group_means(categories), **facts, "machine": host(), "categories": categories}
         self.results.setdefault(section, {})[name] = row
         self.results["summary"] = summary(self.rows("models"))
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ class Report:
                 for name in next(iter(models.values()))["categories"]
             ]
             text += ["## Pixel AP per category", table(rows, ("category", *models))]
-        hosts = {_host(row["machine"]) for section in SECTIONS for row in self.rows(section).values()}
+        hosts = {describe(row["machine"]) for section in SECTIONS for row in self.rows(section).values()}
         text += ["## Machines and versions", "\n".join(f"- {host}" for host in sorted(hosts))]
         return "\n\n".join(text) + "\n"
 
@@ -134,11 +134,13 @@ def _flat(name: str, row: Row) -> Row:
     return flat
 
 
-def _machine() -> Row:
+def host() -> Row:
+    """Return the machine that a run was made on."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return machine(device, torch.get_num_threads())
 
 
-def _host(host: Row) -> str:
+def describe(host: Row) -> str:
+    """Return machine, commit and versions as a line."""
     versions = ", ".join(f"{name} {number}" for name, number in host["versions"].items())
     return f"{host['device']}, {host['cpu']}, {host['threads']} threads; commit {host['commit']}; {versions}"
