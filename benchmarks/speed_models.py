@@ -126,11 +126,7 @@ def openvino(setup: Setup, folder: Path, precision: str, *, int8: bool = False, 
     core = ov.Core()
     graph = core.read_model(path)
     if int8:
-        import nncf
-
-        images = [setup.images(1).numpy()] * setup.calibration_images
-        kind = nncf.ModelType.TRANSFORMER
-        graph = nncf.quantize(graph, nncf.Dataset(images), model_type=kind, subset_size=len(images))
+        graph = UniAS.quantize(graph, [setup.images(1).numpy()] * setup.calibration_images)
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": setup.threads}
 
     @cache
