@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from anomalib.deploy import CompressionType, ExportType
 from anomalib.engine import Engine
+from speed import SETTLE_SECONDS
 from speed_report import machine, table
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -143,6 +144,7 @@ def speed(models: dict[str, UniAS], datamodule: Unified, folder: Path) -> list[d
         seconds: dict[str, list[float]] = {name: [] for name in predicts}
         for number in range(WARM_UP + ROUNDS):
             for name, predict in predicts.items():
+                time.sleep(SETTLE_SECONDS)
                 start = time.perf_counter()
                 predict(image)
                 if number >= WARM_UP:

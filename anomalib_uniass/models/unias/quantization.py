@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """INT8 quantisation that keeps the defects: 8 bits where the time goes, float where the map is made."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,15 +10,22 @@ import numpy as np
 if TYPE_CHECKING:
     import openvino as ov
 
-FIRST, LAST = "model.pixel_decoder.", "model.heads."
-"""Weights that begin what is quantised, and weights that begin what follows it."""
+FIRST = re.compile(r"model\.pixel_decoder\.")
+"""Weights that begin what is quantised."""
+
+POINTWISE = re.compile(r"model\.backbone\..*\.conv_pwl?\.weight")
+"""Weights of an EfficientNet's 1x1 convolutions, most of its operations: they bear 8 bits, the rest of it does not."""
+
+LAST = re.compile(r"model\.heads\.\d+\.(folded_weight|convs\.2\.weight)")
+"""Weights that end it: folded heads, and the last convolution of the others."""
 
 
 def quantize_reconstruction(model: "ov.Model", images: Sequence[np.ndarray]) -> "ov.Model":
-    """Quantise an exported UniAS after training, from the pixel decoder to the last decoder block.
+    """Quantise an exported UniAS after training, from the pixel decoder to the heads.
 
-    Resize, backbone and frequency split stay in float: they make the target of the reconstruction. So do heads,
-    cosine distances and their product, where a rounding error is as large as what a defect leaves. All that is quick.
+    Resize, frequency split and the backbone but its pointwise convolutions stay in float: they make the target of the
+    reconstruction. So do folded heads, the last convolution of the others, cosine distances and their product, where a
+    rounding error is as large as what a defect leaves. All that is quick.
 
     Args:
         model: UniAS as exported to OpenVINO in float32.
@@ -41,14 +49,17 @@ def quantize_reconstruction(model: "ov.Model", images: Sequence[np.ndarray]) -> 
 
 
 def float_operations(model: "ov.Model") -> list[str]:
-    """Return the operations before the pixel decoder and from the heads on."""
+    """Return the operations that stay in float."""
     operations = [op for op in model.get_ordered_ops() if op.get_type_name() not in ("Constant", "Parameter", "Result")]
-    quantised = _downstream(op for op in operations if _weight(op).startswith(FIRST))
-    behind = _downstream(op for op in operations if _weight(op).startswith(LAST))
+    quantised = _downstream(op for op in operations if FIRST.match(_weight(op)))
+    behind = _downstream(op for op in operations if LAST.match(_weight(op)))
     if not quantised or not behind:
-        msg = f"Expected an exported UniAS with weights named {FIRST}* and {LAST}*, found none: it cannot be quantised."
+        msg = (
+            f"Expected an exported UniAS with weights that match {FIRST.pattern!r} and {LAST.pattern!r}, found none of "
+            "the one or the other: it cannot be quantised."
+        )
         raise ValueError(msg)
-    names = [op.get_friendly_name() for op in operations]
+    names = [op.get_friendly_name() for op in operations if not POINTWISE.match(_weight(op))]
     return [name for name in names if name not in quantised or name in behind]
 
 
