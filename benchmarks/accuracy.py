@@ -281,7 +281,7 @@ def model_runs(seeds: Iterable[int], epochs: int | None) -> list[Run]:
     for seed in seeds:
         runs += [
             Run(name=f"unias_{seed}", model="UniAS", arguments=unias | {"seed": seed}, epochs=length),
-            Run(name=f"uniad_{seed}", model="UniAD", arguments=uniad | {"seed": seed}, epochs=2 * length),
+            Run(name=f"uniad_{seed}", model="UniAD", arguments=uniad | {"seed": seed}, epochs=length),
         ]
     runs.append(Run(name="patchcore_0", model="BoundedPatchcore", arguments=backbone))
     return runs

@@ -359,7 +359,7 @@ def main() -> None:
     """Prepare the cells, then train and score every model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=int, help="of UniAS, UniAD takes twice as many; configs/inspection.yaml's")
+    parser.add_argument("--epochs", type=int, help="of UniAS and UniAD; else as configs/inspection.yaml")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="stop after that epoch; the next call resumes"
     )
