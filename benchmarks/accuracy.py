@@ -277,13 +277,12 @@ def model_runs(seeds: Iterable[int], epochs: int | None) -> list[Run]:
     backbone = {name: unias[name] for name in ("backbone", "weights", "visualizer")}
     uniad = backbone | {"learning_rate": 5e-4, "lr_schedule": "onecycle"}
     length = epochs or config["trainer"]["max_epochs"]
-    runs = []
+    runs = [Run(name="patchcore_0", model="BoundedPatchcore", arguments=backbone)]
     for seed in seeds:
         runs += [
             Run(name=f"unias_{seed}", model="UniAS", arguments=unias | {"seed": seed}, epochs=length),
             Run(name=f"uniad_{seed}", model="UniAD", arguments=uniad | {"seed": seed}, epochs=length),
         ]
-    runs.append(Run(name="patchcore_0", model="BoundedPatchcore", arguments=backbone))
     return runs
 
 
