@@ -196,10 +196,11 @@ class CategoryThresholdPostProcessor(PostProcessor):
         if values is None:
             return None
         threshold = threshold.reshape(-1, *[1] * (values.ndim - 1))
+        unknown = threshold.isnan()
         own, limit = values.clamp_min(0).pow(self.gamma), threshold.pow(self.gamma)
-        # Where both are zero nothing exceeds the threshold.
-        scaled = own / (own + limit).clamp_min(torch.finfo(own.dtype).tiny)
-        return torch.where(threshold.isnan(), values, scaled)
+        total = (own + limit).clamp_min(torch.finfo(own.dtype).tiny)  # where both are zero nothing exceeds
+        # The division comes last: OpenVINO drops a choice whose outcome it knows, and the name of the output with it.
+        return torch.where(unknown, values, own) / torch.where(unknown, torch.ones_like(total), total)
 
     def _categories(self, batch: ImageBatch, *, default: str | None) -> list[str | None]:
         """Return the category of each image of a batch."""
