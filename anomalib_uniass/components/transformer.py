@@ -2,7 +2,10 @@
 """Post-norm transformer layers, each a residual step of its own."""
 
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
+from anomalib_uniass.components.dropout import Dropout
+from anomalib_uniass.components.linear import linear
 from anomalib_uniass.components.recomputation import recompute
 
 
@@ -17,8 +20,8 @@ class AttentionLayer(nn.Module):
 
     def __init__(self, dim: int, *, heads: int, dropout: float = 0.1) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
-        self.dropout = nn.Dropout(dropout)
+        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)  # holds the weights
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
 
     def forward(
@@ -46,7 +49,21 @@ class AttentionLayer(nn.Module):
         return self.norm(tokens + self.dropout(attended))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        return self.attention(query, key, value, attn_mask=mask, need_weights=False)[0]
+        holder = self.attention
+        projections = zip(holder.in_proj_weight.chunk(3), holder.in_proj_bias.chunk(3), strict=True)
+        q, k, v = (
+            linear(x, weight, bias).unflatten(2, (holder.num_heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+            for x, (weight, bias) in zip((query, key, value), projections, strict=True)
+        )
+        if self.training and query.is_cpu:  # where PyTorch has no fused kernel with dropout
+            scores = q * q.shape[-1] ** -0.5 @ k.mT
+            scores = scores if mask is None else scores.masked_fill(mask, float("-inf"))
+            attended = self.dropout(scores.softmax(dim=-1)) @ v
+        else:
+            may_attend = None if mask is None else ~mask
+            dropout = self.dropout.p if self.training else 0.0
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend, dropout_p=dropout)
+        return linear(attended.transpose(1, 2).flatten(2), holder.out_proj.weight, holder.out_proj.bias)
 
 
 class FeedForwardLayer(nn.Module):
@@ -63,7 +80,7 @@ class FeedForwardLayer(nn.Module):
         self.linear1 = nn.Linear(dim, hidden_dim)
         self.linear2 = nn.Linear(hidden_dim, dim)
         self.activation = nn.ReLU()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -72,7 +89,8 @@ class FeedForwardLayer(nn.Module):
         return self.norm(tokens + self.dropout(transformed))
 
     def _transform(self, tokens: Tensor) -> Tensor:
-        return self.linear2(self.dropout(self.activation(self.linear1(tokens))))
+        hidden = self.activation(linear(tokens, self.linear1.weight, self.linear1.bias))
+        return linear(self.dropout(hidden), self.linear2.weight, self.linear2.bias)
 
 
 class EncoderLayer(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Resize
 
 from anomalib_uniass import UniAD, Unified
+from anomalib_uniass.components.transformer import AttentionLayer
 from anomalib_uniass.models.uniad.anomaly_map import AnomalyMapGenerator, image_score
 from anomalib_uniass.models.uniad.decoder import LearnedPositionEmbedding2d
 from anomalib_uniass.models.uniad.official import convert_official_state_dict, official_arguments
@@ -128,10 +129,10 @@ def test_map_and_score_by_hand() -> None:
 def test_neighbours_stay_hidden_from_all_attentions() -> None:
     model = UniADModel(**{**TINY, "image_size": (128, 256)}).eval()
     seen: list[Tensor] = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.MultiheadAttention):
-            module.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["attn_mask"]), with_kwargs=True)
-            assert module.num_heads == 8, name
+    for module in model.modules():
+        if isinstance(module, AttentionLayer):
+            module.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["mask"]), with_kwargs=True)
+            assert module.attention.num_heads == 8
     model(torch.randn(1, 3, 128, 256))
     assert len(seen) == 4 + 2 * 4
     assert all(mask is model.neighbor_mask for mask in seen)
