@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from anomalib.models.components import AnomalibModule
-from speed_report import FOLDED, PLAIN, PLAIN_CHANNELS_LAST, SUMMARY
+from speed_report import FOLDED, PLAIN, SUMMARY, UNFOLDED
 from torch import Tensor, nn
 
 from anomalib_uniass import UniAD, UniAS
+from anomalib_uniass.components.feature_jitter import FeatureJitter
+from anomalib_uniass.components.transformer import AttentionLayer, FeedForwardLayer
 
 Predict = Callable[[Tensor], Tensor]
 """RGB images (B, 3, H, W) in [0, 1] -> raw anomaly maps (B, 1, H, W)."""
@@ -66,7 +68,7 @@ class Setup:
 
 
 def unias(setup: Setup, form: str = FOLDED, *, size: int | None = None) -> UniAS:
-    """Build UniAS in one of the three float32 forms of ``speed_report.PLAIN_MEANS``, always with the same weights."""
+    """Build UniAS in one of the three float32 forms of ``speed_report.FORMS_MEAN``, always with the same weights."""
     model = UniAS(
         setup.backbone,
         pre_trained=False,
@@ -83,9 +85,29 @@ def unias(setup: Setup, form: str = FOLDED, *, size: int | None = None) -> UniAS
         for part in (*model.model.heads, model.model.source_embedding):
             part.forward = part.plain  # type: ignore[assignment]
     if form == PLAIN:
-        model.model.to(memory_format=torch.contiguous_format)
-        model.model.backbone.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous())
+        use_pytorch_layers(model.model)
     return model.to(setup.device).eval()
+
+
+def use_pytorch_layers(model: nn.Module) -> None:
+    """Give a model PyTorch's own layers and layout."""
+    model.to(memory_format=torch.contiguous_format)
+    model.backbone.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous())  # type: ignore[operator, union-attr]
+    for module in model.modules():
+        if isinstance(module, AttentionLayer):
+            module._attend = partial(attend, module.attention)  # type: ignore[method-assign]
+            module.dropout = nn.Dropout(module.dropout.p)  # type: ignore[assignment]
+        elif isinstance(module, FeedForwardLayer):
+            module.dropout = nn.Dropout(module.dropout.p)  # type: ignore[assignment]
+            layers = (module.linear1, module.activation, module.dropout, module.linear2)
+            module._transform = nn.Sequential(*layers)  # type: ignore[assignment]
+        elif isinstance(module, FeatureJitter):
+            module.noise = torch.randn_like  # type: ignore[method-assign]
+
+
+def attend(attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Return attended values ``(B, N, D)``."""
+    return attention(query, key, value, attn_mask=mask, need_weights=False)[0]
 
 
 def predictor(model: AnomalibModule, autocast: torch.dtype | None = None) -> Predict:
@@ -189,7 +211,7 @@ def variants(setup: Setup, folder: Path) -> dict[str, tuple[Callable[[], Predict
     float32 = SUMMARY["openvino_f32"]
     ours: dict[str, Callable[[], Predict]] = {
         PLAIN: lambda: predictor(unias(setup, PLAIN)),
-        PLAIN_CHANNELS_LAST: lambda: predictor(unias(setup, PLAIN_CHANNELS_LAST)),
+        UNFOLDED: lambda: predictor(unias(setup, UNFOLDED)),
         FOLDED: lambda: predictor(unias(setup)),
         "UniAS folded, bfloat16 autocast": lambda: predictor(unias(setup), torch.bfloat16),
         "UniAS folded, torch.compile": partial(compiled, setup),

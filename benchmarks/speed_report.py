@@ -16,13 +16,12 @@ import torch
 
 Row = dict[str, Any]
 
-PLAIN, PLAIN_CHANNELS_LAST = "UniAS plain, float32", "UniAS plain, channels_last"
-FOLDED = "UniAS folded, float32"
-PLAIN_MEANS = (
-    f"`{PLAIN}` is the model as the paper writes it in PyTorch's default layout: heads and source embedding as "
-    "separate layers, contiguous (NCHW) maps, every activation kept for the backward pass. "
-    f"`{PLAIN_CHANNELS_LAST}` differs from it in the layout of the maps alone, which is ours. `UniAS folded` is the "
-    "model as the package runs it: both folded, and what is cheap computed again in the backward pass."
+PLAIN, UNFOLDED, FOLDED = "UniAS plain, float32", "UniAS unfolded, float32", "UniAS folded, float32"
+FORMS_MEAN = (
+    f"`{PLAIN}` is the model as the paper writes it, in PyTorch's own layers and layout: heads and source embedding "
+    "as separate convolutions, `nn.MultiheadAttention`, `nn.Linear`, `nn.Dropout`, contiguous (NCHW) maps, every "
+    f"activation kept for the backward pass. `{FOLDED}` is the model as the package runs it. `{UNFOLDED}` lies "
+    "between: the package without folded weights and without activations that are computed again."
 )
 SUMMARY = {
     "torch_folded": FOLDED,
@@ -134,7 +133,7 @@ def markdown(results: Row) -> str:
         f"{host['cores']} cores, load {host['load']:.1f} at the start; commit {host['commit']}, {host['date']}; "
         + ", ".join(f"{name} {number}" for name, number in host["versions"].items()),
         table([{"ratio": key, "value": value} for key, value in results["summary"].items()], ("ratio", "value")),
-        PLAIN_MEANS,
+        FORMS_MEAN,
     ]
     for section, (title, columns) in TABLES.items():
         result = results.get(section)
@@ -144,8 +143,7 @@ def markdown(results: Row) -> str:
             difference = result["largest_relative_loss_difference"]
             text.append(
                 f"Losses of the first {result['steps']} steps differ by {difference:.1e} at most (relative) between "
-                f"`{FOLDED}` and `{PLAIN_CHANNELS_LAST}`: in the same layout, the same random numbers of jitter and "
-                "dropout fall on the same places."
+                f"`{FOLDED}` and `{UNFOLDED}`, whose jitter and dropout draw the same random numbers."
             )
         if result is not None and section == "operations":
             text.append(bounds(result))

@@ -32,7 +32,10 @@ class FeatureJitter(nn.Module):
         if not self.training or torch.rand(()) >= self.probability:
             return x
         norm = x.norm(dim=1, keepdim=True) / x.shape[1]
+        return x + self.noise(x) * norm * self.scale
+
+    @staticmethod
+    def noise(x: Tensor) -> Tensor:
+        """Return standard normal noise like `x`, drawn in the layout of maps here: on a CPU, that takes a tenth."""
         batch, channels, *size = x.shape
-        # Drawn in the order of memory that maps have here: on a CPU, randn is ten times slower in any other.
-        noise = torch.randn(batch, *size, channels, device=x.device, dtype=x.dtype).movedim(-1, 1)
-        return x + noise * norm * self.scale
+        return torch.randn(batch, *size, channels, device=x.device, dtype=x.dtype).movedim(-1, 1)

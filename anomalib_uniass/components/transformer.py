@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass.components.dropout import Dropout
-from anomalib_uniass.components.linear import linear
+from anomalib_uniass.components.linear import linear, runs_on_cpu
 from anomalib_uniass.components.recomputation import recompute
 
 
@@ -20,7 +20,7 @@ class AttentionLayer(nn.Module):
 
     def __init__(self, dim: int, *, heads: int, dropout: float = 0.1) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)  # holds the weights
+        self.attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
         self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
 
@@ -49,21 +49,21 @@ class AttentionLayer(nn.Module):
         return self.norm(tokens + self.dropout(attended))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        holder = self.attention
-        projections = zip(holder.in_proj_weight.chunk(3), holder.in_proj_bias.chunk(3), strict=True)
+        attention = self.attention
+        if not runs_on_cpu(query):
+            return attention(query, key, value, attn_mask=mask, need_weights=False)[0]
+        projections = zip(attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True)
         q, k, v = (
-            linear(x, weight, bias).unflatten(2, (holder.num_heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+            linear(x, weight, bias).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)  # (B, heads, N, d)
             for x, (weight, bias) in zip((query, key, value), projections, strict=True)
         )
-        if self.training and query.is_cpu:  # where PyTorch has no fused kernel with dropout
+        if self.training:  # PyTorch has no fused kernel with dropout on a CPU
             scores = q * q.shape[-1] ** -0.5 @ k.mT
             scores = scores if mask is None else scores.masked_fill(mask, float("-inf"))
             attended = self.dropout(scores.softmax(dim=-1)) @ v
         else:
-            may_attend = None if mask is None else ~mask
-            dropout = self.dropout.p if self.training else 0.0
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend, dropout_p=dropout)
-        return linear(attended.transpose(1, 2).flatten(2), holder.out_proj.weight, holder.out_proj.bias)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else ~mask)
+        return linear(attended.transpose(1, 2).flatten(2), attention.out_proj.weight, attention.out_proj.bias)
 
 
 class FeedForwardLayer(nn.Module):
