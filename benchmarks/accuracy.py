@@ -258,6 +258,7 @@ def map_variants(generator: AnomalyMapGenerator) -> dict[str, Callable[[Any, Any
         "product (paper)": variant(product),
         "mean": variant(lambda maps: torch.stack(maps).mean(0)),
         "product, no level blur": variant(product, levels=unblurred),
+        "product of levels 4 and 3": variant(lambda maps: maps[0] * maps[1]),
         "product, Gaussian of 4 px behind": variant(product, blur=True),
         "product, score max": variant(product, reduction="max"),
         "product, score top 1 %": variant(product, reduction="top"),
@@ -291,13 +292,14 @@ def ablation_runs(epochs: int) -> list[Run]:
     base = yaml.safe_load(CONFIG.read_text())["model"]["init_args"] | {"visualizer": False, "seed": 0}
     changes: dict[str, dict[str, Any]] = {
         "base": {},
+        "jitter 5": {"jitter_scale": 5.0},
+        "no jitter": {"jitter_scale": 0.0},
+        "width 128": {"hidden_dim": 128, "feedforward_dim": 512},
+        "raw features": {"standardize_features": False},
+        "no channel branch": {"channel_branch": False},
         "loss sign of the release": {"cosine_term": "release"},
         "no cosine term": {"cosine_weight": 0.0},
         "cosine weight 5": {"cosine_weight": 5.0},
-        "raw features": {"standardize_features": False},
-        "no jitter": {"jitter_scale": 0.0},
-        "jitter 5": {"jitter_scale": 5.0},
-        "no channel branch": {"channel_branch": False},
     }
     return [
         Run(name=f"ablation_{name.replace(' ', '_')}", model="UniAS", arguments=base | change, epochs=epochs)

@@ -55,7 +55,7 @@ class FPNPixelDecoder(nn.Module):
             nn.Sequential(
                 nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, bias=False),
                 nn.GroupNorm(NORM_GROUPS, hidden_dim),
-                nn.ReLU(),
+                nn.ReLU(inplace=True),
             )
             for _ in fine
         )
@@ -107,7 +107,7 @@ class FPNPixelDecoder(nn.Module):
 
 def _fuse(lateral_conv: nn.Module, conv: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     upsampled = F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
-    return conv(lateral_conv(x) + upsampled)
+    return conv(upsampled.add_(lateral_conv(x)))
 
 
 def _normalize_and_use(

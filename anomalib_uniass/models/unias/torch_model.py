@@ -23,7 +23,7 @@ from anomalib_uniass.models.unias.heads import ReconstructionHead
 from anomalib_uniass.models.unias.pixel_decoder import NORM_GROUPS, FPNPixelDecoder
 from anomalib_uniass.models.unias.queries import GatedQueryGenerator
 
-PART_BYTES = 2**24
+PART_BYTES = 2**25
 """Size of the pixel decoder's largest map above which a CPU trains on part of the batch's images at a time."""
 
 
