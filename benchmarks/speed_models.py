@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from anomalib.models.components import AnomalibModule
-from speed_report import FOLDED, PLAIN, SUMMARY, UNFOLDED
+from speed_report import BFLOAT16, FOLDED, PLAIN, SUMMARY, UNFOLDED
 from torch import Tensor, nn
 
 from anomalib_uniass import UniAD, UniAS
@@ -81,7 +81,7 @@ def unias(setup: Setup, form: str = FOLDED, *, size: int | None = None) -> UniAS
         visualizer=False,
     )
     nn.init.constant_(model.model.norm.bias, 1e-3)  # an initial one is refused by the export, for want of training
-    if form != FOLDED:
+    if form in (PLAIN, UNFOLDED):
         for part in (*model.model.heads, model.model.source_embedding):
             part.forward = part.plain  # type: ignore[assignment]
     if form == PLAIN:
@@ -213,7 +213,7 @@ def variants(setup: Setup, folder: Path) -> dict[str, tuple[Callable[[], Predict
         PLAIN: lambda: predictor(unias(setup, PLAIN)),
         UNFOLDED: lambda: predictor(unias(setup, UNFOLDED)),
         FOLDED: lambda: predictor(unias(setup)),
-        "UniAS folded, bfloat16 autocast": lambda: predictor(unias(setup), torch.bfloat16),
+        BFLOAT16: lambda: predictor(unias(setup), torch.bfloat16),
         "UniAS folded, torch.compile": partial(compiled, setup),
         float32: partial(openvino, setup, folder, "f32"),
         f"{float32}, fixed shape": partial(openvino, setup, folder, "f32", fixed=True),

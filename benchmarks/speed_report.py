@@ -23,6 +23,7 @@ FORMS_MEAN = (
     f"activation kept for the backward pass. `{FOLDED}` is the model as the package runs it. `{UNFOLDED}` lies "
     "between: the package without folded weights and without activations that are computed again."
 )
+BFLOAT16 = "UniAS folded, bfloat16 autocast"
 SUMMARY = {
     "torch_folded": FOLDED,
     "openvino_f32": "UniAS folded, OpenVINO float32",
@@ -140,10 +141,12 @@ def markdown(results: Row) -> str:
         if result is not None:
             text += [f"## {title}", table(result if isinstance(result, list) else result["rows"], columns)]
         if result is not None and section == "training":
-            difference = result["largest_relative_loss_difference"]
+            differences = result["largest_relative_loss_difference"]
             text.append(
-                f"Losses of the first {result['steps']} steps differ by {difference:.1e} at most (relative) between "
-                f"`{FOLDED}` and `{UNFOLDED}`, whose jitter and dropout draw the same random numbers."
+                f"Losses of the first {result['steps']} steps differ from those of `{UNFOLDED}`, with the same random "
+                "numbers, by at most (relative): "
+                + ", ".join(f"{difference:.1e} (`{name}`)" for name, difference in differences.items())
+                + "."
             )
         if result is not None and section == "operations":
             text.append(bounds(result))
