@@ -56,7 +56,7 @@ def main() -> None:
         rows = [measure(root, workers, args) for workers in args.workers]
     results: Row = {
         "machine": host(),
-        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "arguments": {name: value for name, value in vars(args).items() if name != "output"},
         "mean_png_megabytes": megabytes,
         "rows": rows,
     }
@@ -133,6 +133,7 @@ def milliseconds(loader: DataLoader) -> float:
 def markdown(results: Row) -> str:
     """Return all results as Markdown."""
     size, rows = results["arguments"]["size"], results["rows"]
+    command = " ".join(["python benchmarks/data_path.py", *results["machine"]["arguments"]])
     alone = next((row for row in rows if row["workers"] == 0), None)
     bounds = [
         f"with {row['workers']} worker processes a model is bound by reading if it takes less than "
@@ -143,12 +144,13 @@ def markdown(results: Row) -> str:
     if alone is not None:
         bounds.append(
             f"without workers nothing overlaps: reading adds {alone['read_each_time']:.1f} ms to each image, the cache "
-            f"{alone['cache_later_epochs']:.2f} ms"
+            f"{alone['cache_later_epochs']:.2f} ms; eight idle cores would at best deliver an image every "
+            f"{alone['read_each_time'] / 8:.1f} ms without cache"
         )
     text = [
         "# Data path",
         f"{describe(results['machine'])}; {results['machine']['cores']} cores, load {results['machine']['load']:.1f} "
-        f"at the end. `python benchmarks/data_path.py {' '.join(results['machine']['arguments'])}`",
+        f"at the end, other work included. `{command}`",
         f"Milliseconds per image of the training loader: PNGs of {min(SIDES.values())} to {max(SIDES.values())} px "
         f"({results['mean_png_megabytes']} MB in the mean), read and resized to {size} x {size}, batches of "
         f"{results['arguments']['batch_size']}, flips and rotations for all.",
