@@ -5,14 +5,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
+import torch
+from anomalib.data import ImageItem
 from anomalib.data.dataclasses import DatasetItem
 from anomalib.data.datasets.base import AnomalibDataset
+from anomalib.data.utils import LabelName
+from torch import Tensor
 from torchvision.transforms.v2 import Compose, Identity, RandomChoice, RandomRotation, Transform
 from torchvision.transforms.v2 import RandomHorizontalFlip as HFlip
 from torchvision.transforms.v2 import RandomVerticalFlip as VFlip
+from torchvision.tv_tensors import Mask
+
+from anomalib_uniass.data.image_cache import ImageCache
 
 FLIP_PROBABILITY = 0.3
 
@@ -54,12 +61,15 @@ class UnifiedDataset(AnomalibDataset):
     Attributes:
         category_augmentations: Transform of (image, mask) by category, applied before ``augmentations``, which holds
             the resize. A category that is not listed gets none.
+        image_cache: Keeps resized normal images as long as ``augmentations`` is the cache's resize; the category's
+            transform then comes after the resize, with which it must commute. Other samples come without a cache.
     """
 
     def __init__(self, reader: AnomalibDataset) -> None:
         super().__init__()
         self.reader = reader
         self.category_augmentations: dict[str, Transform] = {}
+        self.image_cache: ImageCache | None = None
 
     @classmethod
     def join(cls, parts: Mapping[str, AnomalibDataset]) -> UnifiedDataset:
@@ -93,6 +103,7 @@ class UnifiedDataset(AnomalibDataset):
     @samples.setter
     def samples(self, samples: pd.DataFrame) -> None:
         self.reader.samples = samples
+        self.image_cache = None  # its rows are those of the samples before
 
     @property
     def collate_fn(self) -> Callable[[Any], Any]:
@@ -112,15 +123,31 @@ class UnifiedDataset(AnomalibDataset):
             RuntimeError: If the image or its mask cannot be decoded.
         """
         sample = self.samples.iloc[index]
-        steps = [
-            step for step in (self.category_augmentations.get(sample.category), self.augmentations) if step is not None
-        ]
+        augmentation = self.category_augmentations.get(sample.category)
+        cache = self.image_cache
+        if cache is None or cache.resize is not self.augmentations or sample.label_index != LabelName.NORMAL:
+            return self._read(index, augmentation, self.augmentations)
+        image = cache.get(index, lambda: cast("Tensor", self._read(index, cache.resize).image))
+        if augmentation is not None:
+            image = augmentation(image)
+        return ImageItem(
+            image=image,
+            gt_mask=Mask(torch.zeros(image.shape[-2:])) if self.task == "segmentation" else None,
+            gt_label=torch.tensor(sample.label_index),
+            image_path=sample.image_path,
+            mask_path=sample.mask_path,
+        )
+
+    def _read(self, index: int, *steps: Transform | None) -> DatasetItem[Any]:
+        """Let the source read an item and transform image and mask."""
+        transforms = [step for step in steps if step is not None]
         # A copy, because the reader's augmentations differ from one item to the next.
         reader = copy.copy(self.reader)
-        reader.augmentations = Compose(steps) if steps else None
+        reader.augmentations = Compose(transforms) if transforms else None
         try:
             return reader[index]
         except (OSError, SyntaxError) as error:  # Pillow reports a broken PNG as SyntaxError
+            sample = self.samples.iloc[index]
             msg = (
                 f"Cannot read image {sample.image_path} or its mask {sample.mask_path!r} (category "
                 f"{sample.category!r}): {error}. Replace the file or remove image and mask."

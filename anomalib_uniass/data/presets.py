@@ -35,6 +35,7 @@ class MVTec(Unified):
         val_split_ratio: Fraction of the split images, in (0, 1).
         seed: Seed of the split; None draws anew each time.
         comparison: Folder of a comparison to which every tested model adds its row.
+        cache_images: Keep resized training images in memory.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class MVTec(Unified):
         val_split_ratio: float = 0.05,
         seed: int | None = 0,
         comparison: Path | str | None = None,
+        cache_images: bool = False,
     ) -> None:
         super().__init__(
             source="MVTecAD",
@@ -75,6 +77,7 @@ class MVTec(Unified):
             val_split_ratio=val_split_ratio,
             seed=seed,
             comparison=comparison,
+            cache_images=cache_images,
         )
 
 
@@ -103,6 +106,7 @@ class VisA(Unified):
         val_split_ratio: Fraction of the split images, in (0, 1).
         seed: Seed of the split; None draws anew each time.
         comparison: Folder of a comparison to which every tested model adds its row.
+        cache_images: Keep resized training images in memory.
     """
 
     def __init__(
@@ -124,6 +128,7 @@ class VisA(Unified):
         val_split_ratio: float = 0.05,
         seed: int | None = 0,
         comparison: Path | str | None = None,
+        cache_images: bool = False,
     ) -> None:
         super().__init__(
             source="Visa",
@@ -143,4 +148,5 @@ class VisA(Unified):
             val_split_ratio=val_split_ratio,
             seed=seed,
             comparison=comparison,
+            cache_images=cache_images,
         )
