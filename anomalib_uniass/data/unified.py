@@ -142,9 +142,8 @@ class Unified(AnomalibDataModule):
         self.comparison = comparison
         self.cache_images = cache_images
         if cache_images and self.train_augmentations is not None:
-            fixed_resize(
-                self.train_augmentations, rotated=False
-            )  # a model may bring another resize, not take steps out
+            # A model may bring another resize, but does not take steps out.
+            fixed_resize(self.train_augmentations, rotated=False)
         self._checked = False
 
     def _known_names(self, names: Sequence[str] | None, argument: str) -> list[str]:
