@@ -49,6 +49,7 @@ class AttentionLayer(nn.Module):
         return self.norm(tokens + self.dropout(attended))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Compute PyTorch's attention; on a CPU step by step, with faster linear layers and dropout."""
         attention = self.attention
         if not runs_on_cpu(query):
             return attention(query, key, value, attn_mask=mask, need_weights=False)[0]
