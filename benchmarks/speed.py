@@ -44,37 +44,30 @@ SETTLE_SECONDS = 0.02  # idle threads of the last variant spin for some millisec
 def main() -> None:
     """Run all sections, each in turn."""
     start = time.monotonic()
-    setup, report = configure()
+    setup, report, sections = configure()
     torch.set_num_threads(setup.threads)
     report.add("machine", machine(setup.device, setup.threads))
-    sections: dict[str, Callable[[Setup, Report], Any]] = {
-        "train_memory": train_memory,
-        "inference": inference,
-        "training": training,
-        "image_size": image_sizes,
-        "operations": operations,
-        "categories": categories,
-    }
-    for name, section in sections.items():
+    for name in sections:
         if setup.late():
             report.skip(name, "the time limit had passed")
             continue
         print(f"{name} ...", flush=True)
         try:
-            report.add(name, section(setup, report))
+            report.add(name, SECTIONS[name](setup, report))
         except Exception as error:  # one section must not stop the run
             report.skip(name, error)
     report.add("seconds", round(time.monotonic() - start))
     print(report.path.with_suffix(".md").read_text())
 
 
-def configure() -> tuple[Setup, Report]:
+def configure() -> tuple[Setup, Report, list[str]]:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch and of OpenVINO")
     parser.add_argument("--repeats", type=int, default=15, help="rounds of timings")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 320, 448], help="image sizes, multiples of 32")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="these alone; the file's others are kept")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--quick", action="store_true", help="a tiny UniAS alone, to try the benchmark out")
     parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes on a CPU")
@@ -91,7 +84,9 @@ def configure() -> tuple[Setup, Report]:
     if args.quick:
         setup = replace(setup, backbone="resnet18", hidden_dim=64, feedforward_dim=32, image_size=128, sizes=(128,))
         setup = replace(setup, repeats=min(args.repeats, 2), train_steps=3, calibration_images=2, others=False)
-    return setup, Report(args.output / ("speed" if args.device == "cpu" else "speed_cuda"), {"skipped": {}})
+    path = args.output / ("speed" if args.device == "cpu" else "speed_cuda")
+    report = Report.load(path) if args.sections else Report(path, {"skipped": {}})
+    return setup, report, args.sections or list(SECTIONS)
 
 
 def interleave(calls: Mapping[str, Callable[[], object]], setup: Setup) -> dict[str, list[float]]:
@@ -327,6 +322,16 @@ def categories(setup: Setup, _: Report) -> list[Row]:
 
     seconds = interleave({str(count): partial(evaluate, count) for count in (1, 5, 15)}, setup)
     return [{"categories": int(name), **spread(values, images)} for name, values in seconds.items()]
+
+
+SECTIONS: dict[str, Callable[[Setup, Report], Any]] = {
+    "train_memory": train_memory,
+    "inference": inference,
+    "training": training,
+    "image_size": image_sizes,
+    "operations": operations,
+    "categories": categories,
+}
 
 
 if __name__ == "__main__":

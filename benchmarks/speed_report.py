@@ -73,9 +73,16 @@ class Report:
     path: Path
     results: Row
 
+    @classmethod
+    def load(cls, path: Path) -> "Report":
+        """Go on with the results of an earlier call, if there are any."""
+        file = path.with_suffix(".json")
+        return cls(path, json.loads(file.read_text()) if file.exists() else {"skipped": {}})
+
     def add(self, section: str, result: Any) -> None:
         """Take the result of a section and write both files."""
         self.results[section] = result
+        self.results["skipped"].pop(section, None)
         self.results["summary"] = summary(self.results)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.with_suffix(".json").write_text(json.dumps(self.results, indent=2, allow_nan=False) + "\n")
