@@ -9,14 +9,13 @@ import pytest
 import torch
 from anomalib.data import ImageItem
 from anomalib.engine import Engine
-from anomalib.models import Padim
-from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import ColorJitter, Compose, Resize, Transform
 
 from anomalib_uniass.data import MVTec, Unified, UnifiedDataset, VisA
 from tests.helpers.datasets import make_mvtec_layout
+from tests.helpers.models import tiny_padim
 
 FLIPS = {"hflip": ["nut"], "vflip": ["nut"], "rotate": ["nut"]}
 
@@ -168,15 +167,9 @@ def test_broken_file_is_named_and_not_kept(root: Path) -> None:
 
 def test_engine_takes_the_resize_of_the_model(root: Path, tmp_path: Path) -> None:
     datamodule = Unified(root=root, train_batch_size=3, num_workers=0, cache_images=True, **FLIPS)
-    model = Padim(
-        backbone="resnet18",
-        layers=["layer1"],
-        pre_trained=False,
-        n_features=8,
-        pre_processor=PreProcessor(Resize((32, 32))),
-        visualizer=False,
+    Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False).fit(
+        tiny_padim(visualizer=False), datamodule=datamodule
     )
-    Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False).fit(model, datamodule=datamodule)
     assert datamodule.train_data.image_cache.images.shape == (6, 3, 32, 32)
     assert datamodule.train_data.image_cache.filled.all()
 

@@ -13,8 +13,6 @@ import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.data.utils.synthetic import SyntheticAnomalyDataset
 from anomalib.engine import Engine
-from anomalib.models import Padim
-from anomalib.pre_processing import PreProcessor
 from anomalib.utils.path import generate_output_filename
 from omegaconf import OmegaConf
 from PIL import Image
@@ -24,6 +22,7 @@ from anomalib_uniass.data import MVTec, Unified, UnifiedDataset, VisA
 from anomalib_uniass.data.unified import split_rows
 from anomalib_uniass.metrics import CategoryMetricsCallback
 from tests.helpers.datasets import make_mvtec_layout, make_visa_layout
+from tests.helpers.models import tiny_padim
 
 OWN = ("bolt", "nut")
 
@@ -413,13 +412,7 @@ def test_every_picture_gets_a_file_of_its_own(
 
 def test_engine(root: Path, tmp_path: Path) -> None:
     datamodule = Unified(root=root, train_batch_size=4, eval_batch_size=4, num_workers=0, hflip=["nut"])
-    model = Padim(
-        backbone="resnet18",
-        layers=["layer1"],
-        pre_trained=False,
-        n_features=8,
-        pre_processor=PreProcessor(Resize((32, 32))),
-    )
+    model = tiny_padim(visualizer=True)
     engine = Engine(default_root_dir=tmp_path / "results", accelerator="cpu", devices=1, barebones=False, logger=False)
     engine.train(model, datamodule=datamodule)
     assert isinstance(engine.trainer.callbacks[0], CategoryMetricsCallback)
