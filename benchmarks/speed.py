@@ -46,7 +46,7 @@ def main() -> None:
     start = time.monotonic()
     setup, report, sections = configure()
     torch.set_num_threads(setup.threads)
-    report.add("machine", machine(setup.device, setup.threads))
+    report.host = machine(setup.device, setup.threads)
     for name in sections:
         if setup.late():
             report.skip(name, "the time limit had passed")
@@ -56,7 +56,7 @@ def main() -> None:
             report.add(name, SECTIONS[name](setup, report))
         except Exception as error:  # one section must not stop the run
             report.skip(name, error)
-    report.add("seconds", round(time.monotonic() - start))
+    print(f"{time.monotonic() - start:.0f} s in all")
     print(report.path.with_suffix(".md").read_text())
 
 

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -68,10 +68,12 @@ class Report:
     Args:
         path: Where they are written, without the suffix.
         results: The results by section.
+        host: The machine and call of the sections to come.
     """
 
     path: Path
     results: Row
+    host: Row = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> "Report":
@@ -82,6 +84,7 @@ class Report:
     def add(self, section: str, result: Any) -> None:
         """Take the result of a section and write both files."""
         self.results[section] = result
+        self.results.setdefault("machines", {})[section] = self.host
         self.results["skipped"].pop(section, None)
         self.results["summary"] = summary(self.results)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,12 +137,12 @@ def summary(results: Row) -> dict[str, float | None]:
 
 def markdown(results: Row) -> str:
     """Return all results as Markdown."""
-    host = results["machine"]
+    calls: dict[str, list[str]] = {}
+    for section, host in results["machines"].items():
+        calls.setdefault(describe_call(host), []).append(section)
     text = [
         "# Speed",
-        f"{host['device']}, {host['cpu']} ({', '.join(host['cpu_extensions'])}), {host['threads']} threads of "
-        f"{host['cores']} cores, load {host['load']:.1f} at the start; commit {host['commit']}, {host['date']}; "
-        + ", ".join(f"{name} {number}" for name, number in host["versions"].items()),
+        "\n".join(f"- {', '.join(sections)}: {host}" for host, sections in calls.items()),
         table([{"ratio": key, "value": value} for key, value in results["summary"].items()], ("ratio", "value")),
         FORMS_MEAN,
     ]
@@ -160,6 +163,16 @@ def markdown(results: Row) -> str:
     if results["skipped"]:
         text += ["## Not measured", "\n".join(f"- {what}: {why}" for what, why in results["skipped"].items())]
     return "\n\n".join(text) + "\n"
+
+
+def describe_call(host: Row) -> str:
+    """Return a machine, versions and command in a line."""
+    return (
+        f"{host['device']}, {host['cpu']} ({', '.join(host['cpu_extensions'])}), {host['threads']} threads of "
+        f"{host['cores']} cores, load {host['load']:.1f} at the start; commit {host['commit']}, {host['date']}; "
+        + ", ".join(f"{name} {number}" for name, number in host["versions"].items())
+        + f"; `{' '.join(['python benchmarks/speed.py', *host['arguments']])}`"
+    )
 
 
 def table(rows: list[Row], columns: tuple[str, ...]) -> str:
