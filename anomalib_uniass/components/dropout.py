@@ -14,8 +14,8 @@ PER_DRAW = 4  # 16-bit numbers in the 64 bits of a draw
 class Dropout(nn.Module):
     """Zero elements with probability p in training and scale the others by ``1 / (1 - p)``: any shape, kept.
 
-    PyTorch's serial generator on a CPU takes a whole draw and double precision for every element: a tenth of a
-    training step. Here an element takes 16 bits, and p is rounded to a multiple of 1 / 65,536. On other devices this is
+    PyTorch's serial generator on a CPU takes a whole draw and double precision for every element, and training waits
+    for it. Here an element takes 16 bits, and p is rounded to a multiple of 1 / 65,536. On other devices this is
     PyTorch's own dropout.
 
     Args:

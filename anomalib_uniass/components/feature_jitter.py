@@ -36,6 +36,6 @@ class FeatureJitter(nn.Module):
 
     @staticmethod
     def noise(x: Tensor) -> Tensor:
-        """Return standard normal noise like `x`, drawn in the layout of maps here: on a CPU, that takes a tenth."""
+        """Return standard normal noise like `x`, drawn in the order of maps in memory, the only quick one on a CPU."""
         batch, channels, *size = x.shape
         return torch.randn(batch, *size, channels, device=x.device, dtype=x.dtype).movedim(-1, 1)

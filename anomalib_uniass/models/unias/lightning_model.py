@@ -54,7 +54,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         lr_step_epochs: Epochs between the steps of ``step``.
         max_epochs: Length of the training. A value given here overrides the trainer's; None leaves it to the trainer.
         recompute_activations: Compute cheap activations again in the backward pass instead of keeping them: training
-            takes 0.6 of the memory. Costs no time at full size, a sixth of a step in small models, which need it not.
+            takes half of the memory. Costs little time at full size, more in small models, which need it not.
         seed: Seed of the initial weights.
         pre_processor: Pre-processor, or True for resize and normalisation with the backbone's statistics.
         post_processor: Post-processor, or True for thresholds per category at a false-positive rate of 1 % of the
