@@ -20,6 +20,8 @@ STRIDES = (2, 4, 8, 16)
 class FeaturePyramid(nn.Module):
     """Frozen backbone, always in eval mode: ``(B, 3, H, W) -> [(B, C_i, H / s_i, W / s_i)]``, fine to coarse.
 
+    The taps are levels 1 to 4, at strides 2, 4, 8 and 16.
+
     TensorFlow's dynamic SAME padding is replaced by the padding it takes at the network's native resolution
     (380 pixels for EfficientNet-B4), which is what the UniAS release computes with and what exports cleanly.
 
@@ -28,20 +30,32 @@ class FeaturePyramid(nn.Module):
         pre_trained: Load ImageNet weights; from timm's hub, or from ``weights`` if given.
         weights: A weights file or the name of an installed weights package
             (see :func:`~anomalib_uniass.components.backbone_weights.load_backbone_weights`).
+        finest_level: First level that is returned, 1 to 3.
 
     Attributes:
-        channels: Channels of the four taps, fine to coarse.
+        channels: Channels of the returned taps, fine to coarse.
         mean: Normalisation mean of the network's training images, RGB in [0, 1].
         std: Normalisation standard deviation, likewise.
 
     Raises:
-        ValueError: If timm does not know the backbone, or it lacks one of the strides.
+        ValueError: If timm does not know the backbone, it lacks one of the strides, or there is no such level.
         RuntimeError: If the weights cannot be fetched.
         FileNotFoundError: If ``weights`` names neither a file nor an installed package.
     """
 
-    def __init__(self, backbone: str, *, pre_trained: bool = True, weights: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        backbone: str,
+        *,
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+        finest_level: int = 1,
+    ) -> None:
         super().__init__()
+        if finest_level not in range(1, len(STRIDES)):
+            msg = f"finest_level must be 1, 2 or 3 (strides 2, 4, 8), got {finest_level!r}."
+            raise ValueError(msg)
+        self.finest_level = finest_level
         if not timm.is_model(backbone):
             known = timm.list_models()
             close = [name for name in known if backbone in name][:5] or difflib.get_close_matches(backbone, known, n=5)
@@ -55,7 +69,7 @@ class FeaturePyramid(nn.Module):
         if pre_trained and weights is not None:
             load_backbone_weights(network, backbone, weights)
 
-        self.channels: tuple[int, ...] = tuple(network.feature_info.channels())
+        self.channels: tuple[int, ...] = tuple(network.feature_info.channels())[finest_level - 1 :]
         config = network.pretrained_cfg
         self.mean: tuple[float, ...] = tuple(config["mean"])
         self.std: tuple[float, ...] = tuple(config["std"])
@@ -70,15 +84,15 @@ class FeaturePyramid(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Extract the four taps.
+        """Extract the taps.
 
         Args:
             image: Normalised images ``(B, 3, H, W)``, H and W multiples of 16.
 
         Returns:
-            Features at strides 2, 4, 8 and 16, fine to coarse.
+            Features from the finest level on, fine to coarse.
         """
-        return list(self.network(image))
+        return list(self.network(image))[self.finest_level - 1 :]
 
 
 def _create_network(backbone: str, *, pre_trained: bool) -> Any:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers in a row, folded into one: in every training step, or once as constants for inference."""
 
-from typing import ClassVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,16 @@ class FoldingModule(nn.Module):
     They are those of the parameters at all times: evaluation mode and loading fold ahead, so that an exporter meets
     constants, and :meth:`fold_ahead` notices parameters that have changed since.
 
+    Args:
+        constants: Names of the buffers, in the order of :meth:`fold`.
+
     Attributes:
         folds_ahead: Whether inference uses the folded weights at all.
     """
 
-    constants: ClassVar[tuple[str, ...]]
-    """Names of the buffers, in the order of :meth:`fold`."""
-
-    def __init__(self) -> None:
+    def __init__(self, constants: Sequence[str]) -> None:
         super().__init__()
+        self.constants = tuple(constants)
         for name in self.constants:
             self.register_buffer(name, None, persistent=False)
         self.folds_ahead = True

@@ -57,6 +57,15 @@ class FeatureStandardization(nn.Module):
         """Standardise every level."""
         return [(feature - self._mean(i)) / self._std(i) for i, feature in enumerate(features)]
 
+    def restore(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Undo :meth:`forward`."""
+        return [feature * self._std(i) + self._mean(i) for i, feature in enumerate(features)]
+
+    @property
+    def deviations(self) -> list[Tensor]:
+        """Standard deviations of the levels, ``(1, C_i, 1, 1)`` each."""
+        return [self._std(i) for i in range(self.levels)]
+
     def _mean(self, level: int) -> Tensor:
         return self.get_buffer(f"mean_{level}")
 

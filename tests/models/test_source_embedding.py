@@ -5,13 +5,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomalib_uniass.models.unias.decoder import LEVELS, SourceEmbedding
+from anomalib_uniass.models.unias.decoder import SourceEmbedding
+
+LEVELS = 4
 
 
 def make_embedding(width: int = 32) -> tuple[SourceEmbedding, list[Tensor]]:
     torch.manual_seed(0)
     memory = [torch.randn(2, width, 3 * 2**level, 4 * 2**level) for level in range(LEVELS)]
-    return SourceEmbedding(width), memory
+    return SourceEmbedding(width, levels=LEVELS), memory
 
 
 def test_folded_equals_plain_in_values_and_gradients() -> None:
@@ -45,6 +47,6 @@ def test_inference_uses_constants_that_follow_the_parameters() -> None:
 @pytest.mark.parametrize(("positions", "name"), [(196, "plain"), (8 * 196, "folded")])
 def test_training_folds_for_batches_that_pay(positions: int, name: str) -> None:
     """At full width the weights of a step cost as much to fold as some 2.7 images of 14 x 14 tokens save."""
-    embedding = SourceEmbedding(256)
+    embedding = SourceEmbedding(256, levels=LEVELS)
     form = embedding.form(positions)
     assert getattr(form, "func", form) == getattr(embedding, name)

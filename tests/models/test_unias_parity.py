@@ -79,7 +79,7 @@ def assert_close(actual: Tensor, expected: np.ndarray, tolerance: float = 1e-5) 
 def test_reconstructions_and_maps(case: str) -> None:
     model, features, arrays, _ = load_case(case)
     with torch.no_grad():
-        reconstructions, targets = model.reconstruct_features(features)
+        reconstructions, targets, _ = model.reconstruct_features(features)
         level_maps = model.anomaly_map.level_maps(reconstructions, targets)
         anomaly_map = model.anomaly_map(reconstructions, targets)
     for j, (reconstruction, level_map) in enumerate(zip(reconstructions, level_maps, strict=True)):

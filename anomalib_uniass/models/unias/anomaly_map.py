@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Anomaly map: cosine distances of the four levels, fused by their product."""
+"""Anomaly map: cosine distances of the levels, fused by their product."""
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -18,14 +19,15 @@ class AnomalyMapGenerator(nn.Module):
 
     Args:
         image_size: Height and width of the final map; the levels are fused at half of it.
+        levels: Number of levels, counted from the coarsest; the paper's four or fewer.
     """
 
-    def __init__(self, image_size: tuple[int, int]) -> None:
+    def __init__(self, image_size: tuple[int, int], *, levels: int = 4) -> None:
         super().__init__()
         height, width = image_size
         self.fusion_size = (height // 2, width // 2)
         # Coarse to fine, as in the release: the finer the level, the wider its blur.
-        self.blurs = nn.ModuleList(GaussianBlur2d(sigma=k / 3, kernel_size=k) for k in (3, 5, 7, 9))
+        self.blurs = nn.ModuleList(GaussianBlur2d(sigma=k / 3, kernel_size=k) for k in (3, 5, 7, 9)[:levels])
 
     def level_maps(self, reconstructions: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
         """Return the blurred cosine distance of every level, ``(B, 1, H / 2, W / 2)`` each, in [0, 2].
@@ -42,8 +44,8 @@ class AnomalyMapGenerator(nn.Module):
 
     def forward(self, reconstructions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """Return the product of the level maps at the input's size."""
-        m4, m3, m2, m1 = self.level_maps(reconstructions, targets)
-        return F.interpolate(m4 * m3 * m2 * m1, scale_factor=2.0, mode="bilinear", align_corners=True)
+        product = reduce(torch.mul, self.level_maps(reconstructions, targets))  # m4 * m3 * m2 * m1
+        return F.interpolate(product, scale_factor=2.0, mode="bilinear", align_corners=True)
 
 
 def image_score(anomaly_map: Tensor, *, reduction: ImageScore = "std", top_share: float = 0.01) -> Tensor:

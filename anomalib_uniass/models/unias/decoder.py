@@ -14,7 +14,6 @@ from anomalib_uniass.components.neighbor_mask import neighbor_mask
 from anomalib_uniass.components.position_encoding import sine_position_encoding_2d
 from anomalib_uniass.components.transformer import AttentionLayer, FeedForwardLayer
 
-LEVELS = 4
 HEADS = 4
 
 
@@ -26,23 +25,22 @@ class SourceEmbedding(FoldingModule):
 
     Args:
         hidden_dim: Width D; an even number.
+        levels: Number of levels.
     """
 
-    constants = tuple(f"folded_{kind}_{level}" for level in range(1, LEVELS) for kind in ("weight", "bias"))
-
-    def __init__(self, hidden_dim: int) -> None:
-        super().__init__()
-        widths = [hidden_dim, *(hidden_dim * (level + 1) // 2 for level in range(1, LEVELS))]
+    def __init__(self, hidden_dim: int, *, levels: int) -> None:
+        super().__init__([f"folded_{kind}_{level}" for level in range(1, levels) for kind in ("weight", "bias")])
+        widths = [hidden_dim, *(hidden_dim * (level + 1) // 2 for level in range(1, levels))]
         self.patch_embeds = nn.ModuleList([nn.Identity()])
         saved_per_position = folding_cost = 0  # multiply-adds
-        for level in range(1, LEVELS):
+        for level in range(1, levels):
             stride = 2**level
             patch = stride**2 * hidden_dim
             saved_per_position += patch * widths[level] + widths[level] * hidden_dim - patch * hidden_dim
             folding_cost += hidden_dim * widths[level] * patch
             self.patch_embeds.append(nn.Conv2d(hidden_dim, widths[level], kernel_size=stride, stride=stride))
         self.projections = nn.ModuleList(nn.Conv2d(width, hidden_dim, kernel_size=1) for width in widths)
-        self.level_embedding = nn.Embedding(LEVELS, hidden_dim)
+        self.level_embedding = nn.Embedding(levels, hidden_dim)
         self._break_even = folding_cost / saved_per_position
 
     def forward(self, memory: Sequence[Tensor]) -> list[Tensor]:
@@ -101,6 +99,7 @@ class SpatialChannelDecoder(nn.Module):
         hidden_dim: Width D.
         feedforward_dim: Width of all feed-forward layers.
         grid_size: Height and width of the token grid, N = h * w.
+        levels: Number of levels.
         channel_branch: Run the channel branch beside the spatial one (the release's VisA configuration does not).
         heads: Attention heads; must divide D, and N if there is a channel branch.
         dropout: Dropout of attention and feed-forward layers.
@@ -115,13 +114,14 @@ class SpatialChannelDecoder(nn.Module):
         *,
         feedforward_dim: int,
         grid_size: tuple[int, int],
+        levels: int,
         channel_branch: bool = True,
         heads: int = HEADS,
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
         height, width = grid_size
-        self.query_embedding = nn.Embedding(height * width, hidden_dim)  # one table for the four blocks
+        self.query_embedding = nn.Embedding(height * width, hidden_dim)  # one table for all blocks
         self.register_buffer("position", sine_position_encoding_2d(height, width, hidden_dim), persistent=False)
         self.register_buffer("neighbor_mask", neighbor_mask(height, width), persistent=False)
         self.blocks = nn.ModuleList(
@@ -133,7 +133,7 @@ class SpatialChannelDecoder(nn.Module):
                 heads=heads,
                 dropout=dropout,
             )
-            for _ in range(LEVELS)
+            for _ in range(levels)
         )
 
     def forward(self, queries: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:

@@ -35,12 +35,11 @@ class ReconstructionHead(FoldingModule):
         scale: Upsampling factor.
     """
 
-    constants = ("folded_weight", "folded_bias")
     folded_weight: Tensor
     folded_bias: Tensor
 
     def __init__(self, hidden_dim: int, out_channels: int, *, grid_size: tuple[int, int], scale: int) -> None:
-        super().__init__()
+        super().__init__(constants=("folded_weight", "folded_bias"))
         self.scale = scale
         self.convs = nn.Sequential(
             nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1),

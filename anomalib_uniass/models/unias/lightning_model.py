@@ -16,7 +16,7 @@ from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixi
 from anomalib_uniass.models.unias.anomaly_map import ImageScore
 from anomalib_uniass.models.unias.loss import CosineTerm, ReconstructionLoss
 from anomalib_uniass.models.unias.quantization import quantize_reconstruction
-from anomalib_uniass.models.unias.torch_model import UniASModel
+from anomalib_uniass.models.unias.torch_model import Target, UniASModel
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -39,8 +39,13 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         channel_branch: Decoder with its channel branch (the release's VisA configuration is without).
         jitter_scale: Strength of the feature jitter in training.
         jitter_probability: Chance of the jitter per level and batch, in [0, 1].
-        standardize_features: Standardise the backbone's channels over the training set; not in the paper, and it
-            speeds up short trainings.
+        standardize_features: Standardise the backbone's channels over the training set, for the network and the
+            squared error; directions are compared as they are. Not in the paper; it speeds up short trainings.
+        target: What is reconstructed: the ``low_frequencies`` of the features, as in the paper, or the ``features``,
+            which keeps defects that are small beside a level's stride.
+        finest_level: Finest level that is reconstructed and enters the map: 1, the paper's, has stride 2; 2 has
+            stride 4 and 3 has stride 8. Without the fine levels, which the 14 x 14 tokens cannot render where the
+            surface has texture, the model is several times cheaper.
         loss_weight: Weight of the loss; the release takes 10 for MVTec AD and 1 for VisA.
         mse_weight: Weight of the mean squared error in the loss.
         cosine_weight: Weight of the cosine term in the loss.
@@ -82,6 +87,8 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         "feedforward_dim",
         "channel_branch",
         "standardize_features",
+        "target",
+        "finest_level",
     )
 
     def __init__(
@@ -96,6 +103,8 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         jitter_scale: float = 20.0,
         jitter_probability: float = 0.5,
         standardize_features: bool = False,
+        target: Target = "low_frequencies",
+        finest_level: int = 1,
         loss_weight: float = 10.0,
         mse_weight: float = 1.0,
         cosine_weight: float = 1.0,
@@ -117,6 +126,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         image_size = parse_image_size(image_size)
         weights = None if weights is None else str(weights)
         check_choice("cosine_term", cosine_term, get_args(CosineTerm))
+        check_choice("target", target, get_args(Target))
         check_choice("score", score, get_args(ImageScore))
         check_choice("lr_schedule", lr_schedule, get_args(LRSchedule))
         super().__init__(
@@ -137,6 +147,8 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             jitter_scale=jitter_scale,
             jitter_probability=jitter_probability,
             standardize_features=standardize_features,
+            target=target,
+            finest_level=finest_level,
             score=score,
             seed=seed,
         )

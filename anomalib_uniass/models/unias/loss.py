@@ -37,12 +37,24 @@ class ReconstructionLoss(nn.Module):
         self.cosine_weight = cosine_weight
         self.cosine_term = cosine_term
 
-    def forward(self, reconstructions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        """Compare reconstructions ``[(B, C_i, H_i, W_i)]`` with targets of the same order and shapes."""
-        levels = [recompute(self._level, r, t) for r, t in zip(reconstructions, targets, strict=True)]
+    def forward(
+        self, reconstructions: Sequence[Tensor], targets: Sequence[Tensor], deviations: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Compare reconstructions with targets.
+
+        Args:
+            reconstructions: Reconstructed features ``[(B, C_i, H_i, W_i)]``.
+            targets: What they should be, of the same order and shapes.
+            deviations: What the squared errors of a channel are measured in, ``[(1, C_i, 1, 1)]``; None takes them as
+                they are. The cosine compares reconstruction and target as they are in any case.
+        """
+        scales = [None] * len(targets) if deviations is None else deviations
+        levels = [recompute(self._level, *level) for level in zip(reconstructions, targets, scales, strict=True)]
         return self.weight * sum(levels[1:], start=levels[0])
 
-    def _level(self, reconstruction: Tensor, target: Tensor) -> Tensor:
+    def _level(self, reconstruction: Tensor, target: Tensor, deviation: Tensor | None) -> Tensor:
         similarity = F.cosine_similarity(reconstruction, target, dim=1).mean()
         cosine = 1 - similarity if self.cosine_term == "distance" else similarity
+        if deviation is not None:
+            reconstruction, target = reconstruction / deviation, target / deviation
         return self.mse_weight * F.mse_loss(reconstruction, target) + self.cosine_weight * cosine

@@ -18,7 +18,7 @@ class FPNPixelDecoder(nn.Module):
     """Fuse the pyramid top-down: ``[(B, C_i, H_i, W_i)] fine to coarse -> [(B, D, H_i, W_i)] coarse to fine``.
 
     Args:
-        in_channels: Channels of the four inputs, fine to coarse.
+        in_channels: Channels of the inputs, fine to coarse; two at least.
         hidden_dim: Width D, a multiple of 32.
         feedforward_dim: Width of the encoder's feed-forward layers.
         grid_size: Height and width of the deepest level.

@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
@@ -23,6 +23,8 @@ from anomalib_uniass.models.unias.heads import ReconstructionHead
 from anomalib_uniass.models.unias.pixel_decoder import NORM_GROUPS, FPNPixelDecoder
 from anomalib_uniass.models.unias.queries import GatedQueryGenerator
 
+Target = Literal["low_frequencies", "features"]
+
 PART_BYTES = 2**25
 """Size of the pixel decoder's largest map above which a CPU trains on part of the batch's images at a time."""
 
@@ -32,6 +34,8 @@ class Reconstruction(NamedTuple):
 
     reconstructions: list[Tensor]
     targets: list[Tensor]
+    deviations: list[Tensor] | None = None
+    """Standard deviations ``(1, C_j, 1, 1)`` in which the loss measures errors; None takes them as they are."""
 
 
 class UniASModel(nn.Module):
@@ -50,8 +54,10 @@ class UniASModel(nn.Module):
         channel_branch: Run the channel branch of the decoder (the release's VisA configuration does not).
         jitter_scale: Strength of the feature jitter in training.
         jitter_probability: Chance of the jitter per level and batch.
-        standardize_features: Standardise the backbone features per channel with statistics of the training set.
-            Not in the paper.
+        standardize_features: Standardise the backbone features per channel with statistics of the training set, for
+            the network and the squared error; directions are compared as they are. Not in the paper.
+        target: What is reconstructed: the ``low_frequencies`` of the features, as in the paper, or the ``features``.
+        finest_level: Finest level that is reconstructed and enters the map, 1 (stride 2, the paper's) to 3 (stride 8).
         score: Reduction of the map to the image score.
         seed: Seed of the initial weights; leaves torch's global generator alone. None draws from the latter.
 
@@ -72,6 +78,8 @@ class UniASModel(nn.Module):
         jitter_scale: float = 20.0,
         jitter_probability: float = 0.5,
         standardize_features: bool = False,
+        target: Target = "low_frequencies",
+        finest_level: int = 1,
         score: ImageScore = "std",
         seed: int | None = None,
     ) -> None:
@@ -79,11 +87,15 @@ class UniASModel(nn.Module):
         grid_size = _validate_sizes(image_size, hidden_dim=hidden_dim, channel_branch=channel_branch)
         self.image_size = image_size
         self.score: ImageScore = score
+        self.target: Target = target
 
         with seeded(seed):
-            self.backbone = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights)
+            self.backbone = FeaturePyramid(
+                backbone, pre_trained=pre_trained, weights=weights, finest_level=finest_level
+            )
             channels = self.backbone.channels  # fine to coarse
             self.standardization = FeatureStandardization(channels) if standardize_features else None
+            levels = len(channels)
             self.frequency_split = GaussianFrequencySplit()
             self.jitter = FeatureJitter(scale=jitter_scale, probability=jitter_probability)
             self.pixel_decoder = FPNPixelDecoder(
@@ -92,12 +104,13 @@ class UniASModel(nn.Module):
                 feedforward_dim=feedforward_dim,
                 grid_size=grid_size,
             )
-            self.source_embedding = SourceEmbedding(hidden_dim)
+            self.source_embedding = SourceEmbedding(hidden_dim, levels=levels)
             self.query_generator = GatedQueryGenerator(hidden_dim, grid_size=grid_size)
             self.decoder = SpatialChannelDecoder(
                 hidden_dim,
                 feedforward_dim=feedforward_dim,
                 grid_size=grid_size,
+                levels=levels,
                 channel_branch=channel_branch,
             )
             self.norm = nn.LayerNorm(hidden_dim)
@@ -105,7 +118,7 @@ class UniASModel(nn.Module):
                 ReconstructionHead(hidden_dim, c, grid_size=grid_size, scale=2**level)
                 for level, c in enumerate(reversed(channels))
             )
-            self.anomaly_map = AnomalyMapGenerator(image_size)
+            self.anomaly_map = AnomalyMapGenerator(image_size, levels=levels)
             self._reset_parameters()
         # The layout that tokens have when they are viewed as maps; convolutions then need not reorder their inputs.
         self.to(memory_format=torch.channels_last)
@@ -149,16 +162,24 @@ class UniASModel(nn.Module):
         Returns:
             Reconstructions and targets, coarse to fine.
         """
-        if self.standardization is not None:
-            features = self.standardization(features)
-        targets, inputs = self.frequency_split(features)
+        standardization = self.standardization
+        low_frequencies, inputs = self.frequency_split(
+            features if standardization is None else standardization(features)
+        )
         inputs = [self.jitter(x) for x in inputs]
 
         deepest, sources = self._embed(inputs)  # coarse to fine from here on
         tokens = self.decoder(self.query_generator(deepest), sources)
         maps = [self.norm(t).mT.unflatten(2, deepest.shape[-2:]) for t in tokens]
         reconstructions = [head(x) for head, x in zip(self.heads, maps, strict=True)]
-        return Reconstruction(reconstructions, targets[::-1])
+
+        deviations = None
+        if standardization is not None:
+            reconstructions = standardization.restore(reconstructions[::-1])[::-1]
+            low_frequencies = standardization.restore(low_frequencies)
+            deviations = standardization.deviations[::-1]
+        targets = low_frequencies if self.target == "low_frequencies" else list(features)
+        return Reconstruction(reconstructions, targets[::-1], deviations)
 
     def _embed(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return the deepest memory map ``(B, D, h, w)`` and the source tokens ``[(B, N, D)]``, coarse to fine."""
@@ -185,7 +206,8 @@ class UniASModel(nn.Module):
         Returns:
             Raw anomaly map ``(B, 1, H, W)`` and raw image score ``(B,)``; higher is more anomalous.
         """
-        anomaly_map = self.anomaly_map(*self.reconstruct(image))
+        reconstruction = self.reconstruct(image)
+        anomaly_map = self.anomaly_map(reconstruction.reconstructions, reconstruction.targets)
         return InferenceBatch(anomaly_map=anomaly_map, pred_score=image_score(anomaly_map, reduction=self.score))
 
 
