@@ -72,6 +72,7 @@ def test_standardization_gives_zero_mean_and_unit_variance() -> None:
     torch.testing.assert_close(standardization(batches[0]), batches[0])
     standardization.fit(batches)
     assert standardization.fitted
+    torch.testing.assert_close(standardization.restore(standardization(batches[0])), batches[0])
     for level in range(2):
         values = torch.cat([standardization(batch)[level] for batch in batches])
         torch.testing.assert_close(values.mean(dim=(0, 2, 3)), torch.zeros(values.shape[1]), atol=1e-5, rtol=0)

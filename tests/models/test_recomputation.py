@@ -18,9 +18,21 @@ from anomalib_uniass.models.unias.torch_model import UniASModel
 
 
 @pytest.fixture
-def model() -> UniASModel:
+def finest_level() -> int:
+    return 1
+
+
+@pytest.fixture
+def model(finest_level: int) -> UniASModel:
     return UniASModel(
-        "resnet18", pre_trained=False, image_size=(128, 128), hidden_dim=32, feedforward_dim=128, seed=0
+        "resnet18",
+        pre_trained=False,
+        image_size=(128, 128),
+        hidden_dim=32,
+        feedforward_dim=128,
+        standardize_features=finest_level > 1,
+        finest_level=finest_level,
+        seed=0,
     ).train()
 
 
@@ -36,6 +48,7 @@ def gradients(model: UniASModel) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("finest_level", [1, 3])
 @pytest.mark.parametrize("part_bytes", [1, 2**24], ids=["image by image", "whole batch"])
 def test_losses_and_gradients_are_those_of_kept_activations(
     model: UniASModel, part_bytes: int, monkeypatch: pytest.MonkeyPatch

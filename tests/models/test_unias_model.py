@@ -68,6 +68,8 @@ def test_loss_terms_by_hand() -> None:
     assert ReconstructionLoss(weight=1)(r, t).item() == pytest.approx(3.5)
     assert ReconstructionLoss(weight=1, cosine_term="release")(r, t).item() == pytest.approx(2.5)
     assert ReconstructionLoss(weight=2, mse_weight=0, cosine_weight=3)(r, t).item() == pytest.approx(6)
+    deviations = [torch.tensor([[[[1.0]], [[2.0]]]])]  # the second channel's error counts a quarter: MSE 1
+    assert ReconstructionLoss(weight=1)(r, t, deviations).item() == pytest.approx(2)
     same = ReconstructionLoss(weight=1)(t, t).item()
     assert same == pytest.approx(0, abs=1e-6)  # the paper's sign: equal features cost nothing
 
@@ -92,6 +94,8 @@ def test_seed_fixes_the_weights_and_leaves_the_global_generator_alone() -> None:
         ({"hidden_dim": 100}, "hidden_dim must be a multiple of 32"),
         ({"backbone": "resnet1888"}, "backbone must be a timm model name"),
         ({"image_size": (224,)}, r"image_size must be \(height, width\)"),
+        ({"finest_level": 4}, r"finest_level must be 1, 2 or 3 \(strides 2, 4, 8\), got 4"),
+        ({"target": "all"}, "target must be one of low_frequencies, features, got 'all'"),
         ({"score": "mean"}, "score must be one of std, max, top, got 'mean'"),
         ({"cosine_term": "paper"}, "cosine_term must be one of distance, release"),
         ({"lr_schedule": "cosine"}, "lr_schedule must be one of step, onecycle"),
@@ -102,6 +106,36 @@ def test_seed_fixes_the_weights_and_leaves_the_global_generator_alone() -> None:
 def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         UniAS(**{**TINY, **changes})
+
+
+@pytest.mark.parametrize("finest_level", [2, 3])
+def test_without_fine_levels_the_coarse_ones_stay_as_they_are(finest_level: int) -> None:
+    images, levels = torch.randn(2, 3, 128, 128), 5 - finest_level
+    whole, part = UniASModel(**TINY).eval(), UniASModel(**TINY, finest_level=finest_level).eval()
+    shared = {name: value for name, value in whole.state_dict().items() if name in part.state_dict()}
+    embedding = "source_embedding.level_embedding.weight"
+    part.load_state_dict(shared | {embedding: shared[embedding][:levels]})
+    with torch.no_grad():
+        expected, actual = whole.reconstruct(images), part.reconstruct(images)
+    assert len(actual.targets) == levels
+    for of_whole, of_part in zip(expected[:2], actual[:2], strict=True):
+        torch.testing.assert_close(of_part, of_whole[:levels], rtol=0, atol=0)
+    product = torch.stack(whole.anomaly_map.level_maps(*expected[:2])[:levels]).prod(0)
+    coarse = torch.nn.functional.interpolate(product, size=(128, 128), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(part(images).anomaly_map, coarse)
+
+
+@pytest.mark.parametrize("target", ["low_frequencies", "features"])
+def test_standardised_model_compares_features_as_they_are(target: str) -> None:
+    images = torch.randn(4, 3, 128, 128)
+    model = UniASModel(**TINY, standardize_features=True, target=target).eval()
+    features = model.backbone(images)
+    model.standardization.fit([features])
+    reconstruction = model.reconstruct(images)
+    expected = features if target == "features" else [model.frequency_split.blur(f) for f in features]
+    torch.testing.assert_close(reconstruction.targets[::-1], list(expected), rtol=1e-4, atol=1e-5)
+    for deviation, feature in zip(reconstruction.deviations[::-1], features, strict=True):
+        torch.testing.assert_close(deviation.flatten(), feature.std(dim=(0, 2, 3), correction=0))
 
 
 def test_images_of_another_size_are_refused() -> None:
