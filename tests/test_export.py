@@ -82,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(folder: Path) -> UniAS:
     model = UniAS(
         backbone="resnet18", pre_trained=False, image_size=(128, 128), hidden_dim=32, feedforward_dim=32,
-        learning_rate=1e-3, seed=0,
+        standardize_features=True, target="features", learning_rate=1e-3, seed=0,
     )  # fmt: skip
     engine(folder, max_epochs=3, check_val_every_n_epoch=3).fit(model, datamodule=photos(folder))
     return model
