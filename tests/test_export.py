@@ -82,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(folder: Path) -> UniAS:
     model = UniAS(
         backbone="resnet18", pre_trained=False, image_size=(128, 128), hidden_dim=32, feedforward_dim=32,
-        standardize_features=True, target="features", learning_rate=1e-3, seed=0,
+        learning_rate=1e-3, seed=0,
     )  # fmt: skip
     engine(folder, max_epochs=3, check_val_every_n_epoch=3).fit(model, datamodule=photos(folder))
     return model
@@ -179,6 +179,26 @@ def test_exported_model_equals_engine_predict(
                 np.testing.assert_allclose(
                     actual[name].reshape(values[batch].shape), values[batch], atol=tolerance, rtol=0
                 )
+
+
+def test_options_that_are_not_the_papers_are_exported(folder: Path, tmp_path: Path) -> None:
+    """Standardised features, compared as they are, without the finest levels."""
+    model = UniAS(
+        backbone="resnet18", pre_trained=False, image_size=(128, 128), hidden_dim=32, feedforward_dim=32, seed=0,
+        standardize_features=True, target="features", finest_level=3,
+    )  # fmt: skip
+    run = engine(tmp_path, max_epochs=1)
+    run.fit(model, datamodule=photos(folder))
+    batches = run.predict(model, data_path=folder / "incoming")
+    path = run.export(model, "openvino", export_root=tmp_path / "exported")
+    assert batches is not None and path is not None
+    exported = OpenVINOInferencer(path, device="CPU", config=FLOAT32).model
+    for batch in batches:
+        image = read_image(batch.image_path[0], as_tensor=True)[None]
+        for name in OUTPUTS[:2]:
+            expected = getattr(batch, name).numpy()
+            np.testing.assert_allclose(exported(image)[name].reshape(expected.shape), expected, atol=1e-4, rtol=0)
+    check_float_operations(ov.Core().read_model(path))  # the standardisation is folded into the heads' weights
 
 
 def test_inferencers_and_their_pictures_equal_engine_predict(
@@ -442,7 +462,10 @@ def test_calibration_is_even_over_categories(folder: Path, monkeypatch: pytest.M
 
 
 def test_int8_leaves_backbone_and_heads_in_float(export: Callable[[str], Path]) -> None:
-    model = ov.Core().read_model(export("float32"))
+    check_float_operations(ov.Core().read_model(export("float32")))
+
+
+def check_float_operations(model: ov.Model) -> None:
     floats = set(float_operations(model))
     for operation in model.get_ordered_ops():
         if operation.get_type_name() == "Convolution":

@@ -16,8 +16,11 @@ FIRST = re.compile(r"model\.pixel_decoder\.")
 POINTWISE = re.compile(r"model\.backbone\..*\.conv_pwl?\.weight")
 """Weights of an EfficientNet's 1x1 convolutions, most of its operations: they bear 8 bits, the rest of it does not."""
 
-LAST = re.compile(r"model\.heads\.\d+\.(folded_weight|convs\.2\.weight)")
-"""Weights that end it: folded heads, and the last convolution of the others."""
+FOLDED_HEAD = re.compile(r"model\.heads\.\d+\.folded_weight")
+"""Weights of folded heads, which end it."""
+
+SECOND_TO_LAST = re.compile(r"model\.heads\.\d+\.convs\.1\.weight")
+"""Weights of the other heads, which end behind them: the last convolution may have lost its name to what follows."""
 
 
 def quantize_reconstruction(model: "ov.Model", images: Sequence[np.ndarray]) -> "ov.Model":
@@ -52,11 +55,14 @@ def float_operations(model: "ov.Model") -> list[str]:
     """Return the operations that stay in float."""
     operations = [op for op in model.get_ordered_ops() if op.get_type_name() not in ("Constant", "Parameter", "Result")]
     quantised = _downstream(op for op in operations if FIRST.match(_weight(op)))
-    behind = _downstream(op for op in operations if LAST.match(_weight(op)))
+    folded = [op for op in operations if FOLDED_HEAD.match(_weight(op))]
+    behind = _downstream(
+        folded + [target for op in operations if SECOND_TO_LAST.match(_weight(op)) for target in _targets(op)]
+    )
     if not quantised or not behind:
         msg = (
-            f"Expected an exported UniAS with weights that match {FIRST.pattern!r} and {LAST.pattern!r}, found none of "
-            "the one or the other: it cannot be quantised."
+            f"Expected an exported UniAS with weights that match {FIRST.pattern!r}, and {FOLDED_HEAD.pattern!r} or "
+            f"{SECOND_TO_LAST.pattern!r}, found none: it cannot be quantised."
         )
         raise ValueError(msg)
     names = [op.get_friendly_name() for op in operations if not POINTWISE.match(_weight(op))]
@@ -77,5 +83,10 @@ def _downstream(operations: Iterable["ov.Node"]) -> set[str]:
         operation = waiting.pop()
         if operation.get_friendly_name() not in names:
             names.add(operation.get_friendly_name())
-            waiting += [target.get_node() for output in operation.outputs() for target in output.get_target_inputs()]
+            waiting += _targets(operation)
     return names
+
+
+def _targets(operation: "ov.Node") -> list["ov.Node"]:
+    """Return the operations that use an operation's outputs."""
+    return [target.get_node() for output in operation.outputs() for target in output.get_target_inputs()]
