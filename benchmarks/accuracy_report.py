@@ -15,7 +15,7 @@ GROUPS = ("real", "synthetic", "all")
 SECTIONS = {
     "models": "Models, one training for all nine categories each",
     "maps": "Maps and image scores of the first UniAS, nothing retrained",
-    "ablations": "UniAS retrained with one thing changed, shorter trainings: compare within this table alone",
+    "ablations": "UniAS retrained with something changed, shorter trainings: compare within this table alone",
 }
 
 
