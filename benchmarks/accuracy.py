@@ -3,8 +3,9 @@
 
 Every model is trained once on all nine categories (``configs/inspection.yaml``) and scored by the metrics of this
 package. Sections: ``models``, the comparison over seeds, with learning curves; ``maps``, other fusions, blurs and
-image scores on the trained UniAS; ``ablations``, UniAS retrained with something changed, on fewer epochs. No checkpoint is selected; the curves only show whether training had
-converged. The configuration's target and levels were chosen after their figures on this test set were seen.
+image scores on the trained UniAS; ``ablations``, UniAS retrained with something changed, on fewer epochs; ``levels``,
+what of each level's error comes from the token grid. No checkpoint is selected; the curves only show whether training
+had converged. The configuration's target and levels were chosen after their figures on this test set were seen.
 
 Every finished run is kept in ``RESULTS/accuracy.json`` and not run again; an unfinished one resumes from its last
 checkpoint below WORK, so the study can be made in pieces (``--minutes``).
@@ -203,6 +204,42 @@ class Study:
         for variant, table in zip(variants, tables, strict=True):
             self.report.add("maps", variant, table, {"run": name})
 
+    def measure_levels(self, name: str) -> None:
+        """Split the error of a trained UniAS on good test images: what the token grid costs, and all of it."""
+        checkpoint = self.checkpoint(name)
+        if checkpoint is None or "levels" in self.report.results:
+            return
+        print("  levels ...", flush=True)
+        model = UniAS.load_from_checkpoint(checkpoint, visualizer=False, evaluator=False).eval()
+        datamodule = self.datamodule()
+        datamodule.setup()
+        self.report.add_levels(level_errors(model, datamodule))
+
+
+@torch.no_grad()
+def level_errors(model: UniAS, datamodule: Unified) -> list[dict[str, float]]:
+    """Return the mean cosine distance of good test images per level, coarse to fine.
+
+    Returns:
+        ``error`` of the reconstruction, and ``grid``, that of the target averaged over the 14 x 14 tokens and
+        interpolated, which shows what a head can render at best: it upsamples tokens linearly.
+    """
+    errors: list[Tensor] = []
+    for batch in datamodule.test_dataloader():
+        good = batch.gt_label == 0
+        if not good.any():
+            continue
+        reconstruction = model.model.reconstruct(model.pre_processor.transform(batch.image[good]))
+        grid = reconstruction.targets[0].shape[-2:]
+        pairs = []
+        for reconstructed, target in zip(reconstruction.reconstructions, reconstruction.targets, strict=True):
+            tokens = F.adaptive_avg_pool2d(target, grid)
+            rendered = F.interpolate(tokens, size=target.shape[-2:], mode="bilinear", align_corners=False)
+            pairs.append([(1 - F.cosine_similarity(x, target, dim=1)).mean((1, 2)) for x in (reconstructed, rendered)])
+        errors.append(torch.stack([torch.stack(pair, dim=1) for pair in pairs], dim=1))  # (B, levels, 2)
+    mean = torch.cat(errors).mean(0)
+    return [{"level": 4 - j, "error": e, "grid": g} for j, (e, g) in enumerate(mean.tolist())]
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -307,7 +344,9 @@ def main() -> None:
     """Run the chosen sections."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with the nine category folders")
-    parser.add_argument("--sections", nargs="+", choices=("models", "maps", "ablations"), default=["models", "maps"])
+    parser.add_argument(
+        "--sections", nargs="+", choices=("models", "maps", "ablations", "levels"), default=["models", "maps"]
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, help="of UniAS in `models` instead of the configuration's")
     parser.add_argument("--ablation-epochs", type=int, default=6)
@@ -331,6 +370,8 @@ def main() -> None:
     if "ablations" in args.sections:
         for run in ablation_runs(args.ablation_epochs):
             study.train("ablations", run)
+    if "levels" in args.sections:
+        study.measure_levels("ablation_target_and_levels_of_the_paper")
     print(study.report.markdown())
 
 

@@ -54,12 +54,21 @@ class Report:
         row = {"means": group_means(categories), **facts, "machine": host(), "categories": categories}
         self.results.setdefault(section, {})[name] = row
         self.results["summary"] = summary(self.rows("models"))
+        self.write()
+        print(f"    {name}: pixel AP {row['means']['all']['pixel_AP']} %", flush=True)
+
+    def add_levels(self, rows: list[Row]) -> None:
+        """Take the errors of the levels and write all files."""
+        self.results["levels"] = rows
+        self.write()
+
+    def write(self) -> None:
+        """Write all files."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.with_suffix(".json").write_text(json.dumps(self.results, indent=2) + "\n")
         self.path.with_suffix(".md").write_text(self.markdown())
         if self.rows("models"):
             draw(self.rows("models"), self.path.with_suffix(".png"))
-        print(f"    {name}: pixel AP {row['means']['all']['pixel_AP']} %", flush=True)
 
     def markdown(self) -> str:
         """Return all results as Markdown."""
@@ -73,6 +82,12 @@ class Report:
             rows = [_flat(name, row) for name, row in self.rows(section).items()]
             if rows:
                 text += [f"## {title}", table(rows, tuple(dict.fromkeys(key for row in rows for key in row)))]
+        if "levels" in self.results:
+            text += [
+                "## Cosine distance of good images per level (target and levels of the paper)",
+                "`error`: of the reconstruction; `grid`: of the target averaged over the tokens and interpolated.",
+                table(self.results["levels"], ("level", "error", "grid")),
+            ]
         models = self.rows("models")
         if models:
             rows = [
