@@ -125,10 +125,11 @@ def draw(models: dict[str, Row], path: Path) -> None:
     width = 0.8 / len(models)
     for index, (run, row) in enumerate(models.items()):
         values = [100 * row["categories"][name]["pixel_AP"] for name in names]
-        bars.bar([x + width * index for x in range(len(names))], values, width, label=run)
+        bars.bar([x + width * index for x in range(len(names))], values, width, label=run, color=f"C{index}")
         if row["curve"]:
             points = [*row["curve"], {"epoch": row["epochs"], "pixel_AP": row["means"]["all"]["pixel_AP"] / 100}]
-            curves.plot([p["epoch"] for p in points], [100 * p["pixel_AP"] for p in points], marker="o", label=run)
+            epochs, values = [p["epoch"] for p in points], [100 * p["pixel_AP"] for p in points]
+            curves.plot(epochs, values, marker="o", label=run, color=f"C{index}")
     bars.set_xticks([x + 0.4 - width / 2 for x in range(len(names))], names, rotation=30, ha="right")
     bars.set_ylabel("pixel AP, %")
     curves.set_xlabel("epoch")

@@ -44,8 +44,8 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         target: What is reconstructed: the ``low_frequencies`` of the features, as in the paper, or the ``features``,
             which keeps defects that are small beside a level's stride.
         finest_level: Finest level that is reconstructed and enters the map: 1, the paper's, has stride 2; 2 has
-            stride 4 and 3 has stride 8. Without the fine levels, which the 14 x 14 tokens cannot render where the
-            surface has texture, the model is several times cheaper.
+            stride 4 and 3 has stride 8. The token grid cannot render fine texture: on such surfaces leave out the
+            fine levels, which makes the model cheaper too.
         loss_weight: Weight of the loss; the release takes 10 for MVTec AD and 1 for VisA.
         mse_weight: Weight of the mean squared error in the loss.
         cosine_weight: Weight of the cosine term in the loss.
