@@ -196,9 +196,7 @@ class Study:
         if checkpoint is None or "product (paper)" in self.report.rows("maps"):
             return
         print("  maps ...", flush=True)
-        model = UniAS.load_from_checkpoint(checkpoint, visualizer=False, evaluator=False).eval()
-        datamodule = self.datamodule()
-        datamodule.setup()
+        model, datamodule = self.trained(checkpoint)
         variants = map_variants(model.model.anomaly_map)
         tables = score(model, datamodule, [Shared(variant) for variant in variants.values()])
         for variant, table in zip(variants, tables, strict=True):
@@ -210,10 +208,13 @@ class Study:
         if checkpoint is None or "levels" in self.report.results:
             return
         print("  levels ...", flush=True)
-        model = UniAS.load_from_checkpoint(checkpoint, visualizer=False, evaluator=False).eval()
+        self.report.add_levels(level_errors(*self.trained(checkpoint)))
+
+    def trained(self, checkpoint: Path) -> tuple[UniAS, Unified]:
+        """Return a trained UniAS and the data, ready to test."""
         datamodule = self.datamodule()
         datamodule.setup()
-        self.report.add_levels(level_errors(model, datamodule))
+        return UniAS.load_from_checkpoint(checkpoint, visualizer=False, evaluator=False).eval(), datamodule
 
 
 @torch.no_grad()

@@ -173,12 +173,11 @@ class UniASModel(nn.Module):
         maps = [self.norm(t).mT.unflatten(2, deepest.shape[-2:]) for t in tokens]
         reconstructions = [head(x) for head, x in zip(self.heads, maps, strict=True)]
 
-        deviations = None
-        if standardization is not None:
-            reconstructions = standardization.restore(reconstructions[::-1])[::-1]
-            low_frequencies = standardization.restore(low_frequencies)
-            deviations = standardization.deviations[::-1]
-        targets = low_frequencies if self.target == "low_frequencies" else list(features)
+        # Back in the backbone's own space, where directions mean what they do in the paper.
+        restore = list if standardization is None else standardization.restore
+        targets = list(features) if self.target == "features" else restore(low_frequencies)
+        reconstructions = restore(reconstructions[::-1])[::-1]
+        deviations = None if standardization is None else standardization.deviations[::-1]
         return Reconstruction(reconstructions, targets[::-1], deviations)
 
     def _embed(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
