@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class FoldingModule(nn.Module):
     """A module that keeps folded weights as constants (buffers outside the state dict) for inference.
 
-    They are those of the parameters at all times: evaluation mode and loading fold ahead, so that an exporter meets
-    constants, and :meth:`fold_ahead` notices parameters that have changed since.
+    They are those of the state dict at all times: evaluation mode and loading fold ahead, so that an exporter meets
+    constants, and :meth:`fold_ahead` notices what has changed since.
 
     Args:
         constants: Names of the buffers, in the order of :meth:`fold`.
@@ -34,10 +34,10 @@ class FoldingModule(nn.Module):
         raise NotImplementedError
 
     def fold_ahead(self) -> None:
-        """Bring the constants up to date with the parameters."""
+        """Bring the constants up to date with the state dict."""
         if torch.compiler.is_compiling() or not self.folds_ahead:
             return
-        version = tuple(parameter._version for parameter in self.parameters())
+        version = tuple(tensor._version for tensor in self.state_dict(keep_vars=True).values())
         if version != self._folded_version:
             with torch.inference_mode(False), torch.no_grad():
                 for name, tensor in zip(self.constants, self.fold(), strict=True):
@@ -53,6 +53,6 @@ class FoldingModule(nn.Module):
 
 
 def _fold_anew(module: FoldingModule, _: object) -> None:
-    """Fold after a state dict was loaded: parameters that were assigned, not copied, start at an old version."""
+    """Fold after a state dict was loaded: tensors that were assigned, not copied, start at an old version."""
     module._folded_version = None
     module.fold_ahead()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass.components.gaussian_blur import GaussianBlur2d
+from anomalib_uniass.models.unias.whitening import ErrorWhitening
 
 ImageScore = Literal["std", "max", "top"]
 
@@ -20,14 +21,29 @@ class AnomalyMapGenerator(nn.Module):
     Args:
         image_size: Height and width of the final map; the levels are fused at half of it.
         levels: Number of levels, counted from the coarsest; the paper's four or fewer.
+        whitened_channels: Channels C_i, coarse to fine, to compare features that are whitened; None, as in the paper,
+            compares them as they are.
     """
 
-    def __init__(self, image_size: tuple[int, int], *, levels: int = 4) -> None:
+    def __init__(
+        self, image_size: tuple[int, int], *, levels: int = 4, whitened_channels: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
         height, width = image_size
         self.fusion_size = (height // 2, width // 2)
         # Coarse to fine, as in the release: the finer the level, the wider its blur.
         self.blurs = nn.ModuleList(GaussianBlur2d(sigma=k / 3, kernel_size=k) for k in (3, 5, 7, 9)[:levels])
+        self.whitenings = nn.ModuleList(
+            [nn.Identity() for _ in self.blurs]
+            if whitened_channels is None
+            else [ErrorWhitening(channels) for channels in whitened_channels]
+        )
+
+    def observe(self, reconstructions: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+        """Take in the errors of a training step, for the whitening."""
+        for whitening, reconstruction, target in zip(self.whitenings, reconstructions, targets, strict=True):
+            if isinstance(whitening, ErrorWhitening):
+                whitening.update(reconstruction, target)
 
     def level_maps(self, reconstructions: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
         """Return the blurred cosine distance of every level, ``(B, 1, H / 2, W / 2)`` each, in [0, 2].
@@ -37,8 +53,10 @@ class AnomalyMapGenerator(nn.Module):
             targets: Their targets, coarse to fine.
         """
         maps = []
-        for blur, reconstruction, target in zip(self.blurs, reconstructions, targets, strict=True):
-            distance = 1 - F.cosine_similarity(reconstruction, target, dim=1)[:, None]
+        for blur, whiten, reconstruction, target in zip(
+            self.blurs, self.whitenings, reconstructions, targets, strict=True
+        ):
+            distance = 1 - F.cosine_similarity(whiten(reconstruction), whiten(target), dim=1)[:, None]
             maps.append(blur(F.interpolate(distance, size=self.fusion_size, mode="bilinear", align_corners=False)))
         return maps
 

@@ -46,6 +46,8 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         finest_level: Finest level that is reconstructed and enters the map: 1, the paper's, has stride 2; 2 has
             stride 4 and 3 has stride 8. The token grid cannot render fine texture: on such surfaces leave out the
             fine levels, which makes the model cheaper too.
+        whiten_errors: Compare features after whitening with the covariance of the reconstruction's errors in training:
+            what is unpredictable of good surfaces counts less. Not in the paper; costs next to nothing.
         loss_weight: Weight of the loss; the release takes 10 for MVTec AD and 1 for VisA.
         mse_weight: Weight of the mean squared error in the loss.
         cosine_weight: Weight of the cosine term in the loss.
@@ -89,6 +91,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         "standardize_features",
         "target",
         "finest_level",
+        "whiten_errors",
     )
 
     def __init__(
@@ -105,6 +108,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         standardize_features: bool = False,
         target: Target = "low_frequencies",
         finest_level: int = 1,
+        whiten_errors: bool = False,
         loss_weight: float = 10.0,
         mse_weight: float = 1.0,
         cosine_weight: float = 1.0,
@@ -149,6 +153,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             standardize_features=standardize_features,
             target=target,
             finest_level=finest_level,
+            whiten_errors=whiten_errors,
             score=score,
             seed=seed,
         )

@@ -58,6 +58,7 @@ class UniASModel(nn.Module):
             the network and the squared error; directions are compared as they are. Not in the paper.
         target: What is reconstructed: the ``low_frequencies`` of the features, as in the paper, or the ``features``.
         finest_level: Finest level that is reconstructed and enters the map, 1 (stride 2, the paper's) to 3 (stride 8).
+        whiten_errors: Compare features after whitening with the covariance of the errors in training. Not in the paper.
         score: Reduction of the map to the image score.
         seed: Seed of the initial weights; leaves torch's global generator alone. None draws from the latter.
 
@@ -80,6 +81,7 @@ class UniASModel(nn.Module):
         standardize_features: bool = False,
         target: Target = "low_frequencies",
         finest_level: int = 1,
+        whiten_errors: bool = False,
         score: ImageScore = "std",
         seed: int | None = None,
     ) -> None:
@@ -118,7 +120,9 @@ class UniASModel(nn.Module):
                 ReconstructionHead(hidden_dim, c, grid_size=grid_size, scale=2**level)
                 for level, c in enumerate(reversed(channels))
             )
-            self.anomaly_map = AnomalyMapGenerator(image_size, levels=levels)
+            self.anomaly_map = AnomalyMapGenerator(
+                image_size, levels=levels, whitened_channels=channels[::-1] if whiten_errors else None
+            )
             self._reset_parameters()
         # The layout that tokens have when they are viewed as maps; convolutions then need not reorder their inputs.
         self.to(memory_format=torch.channels_last)
@@ -177,8 +181,11 @@ class UniASModel(nn.Module):
         restore = list if standardization is None else standardization.restore
         targets = list(features) if self.target == "features" else restore(low_frequencies)
         reconstructions = restore(reconstructions[::-1])[::-1]
+        targets = targets[::-1]
+        if self.training:
+            self.anomaly_map.observe(reconstructions, targets)
         deviations = None if standardization is None else standardization.deviations[::-1]
-        return Reconstruction(reconstructions, targets[::-1], deviations)
+        return Reconstruction(reconstructions, targets, deviations)
 
     def _embed(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return the deepest memory map ``(B, D, h, w)`` and the source tokens ``[(B, N, D)]``, coarse to fine."""
