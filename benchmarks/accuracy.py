@@ -4,9 +4,9 @@
 Every model is trained once on all nine categories (``configs/inspection.yaml``) and scored by the metrics of this
 package. Sections: ``models``, the comparison over seeds, with learning curves; ``maps``, other fusions, blurs and
 image scores on the trained UniAS; ``ablations``, UniAS retrained with something changed, on fewer epochs; ``levels``,
-what of each level's error comes from the token grid. No checkpoint is selected; the curves only show whether training
-had converged. The configuration's target, levels and whitening were chosen after their figures on this test set were
-seen.
+what of each level's error comes from the token grid, and how much of a category's variety is reconstructed. No
+checkpoint is selected; the curves only show whether training had converged. The configuration's target, levels and
+whitening were chosen after their figures on this test set were seen.
 
 Every finished run is kept in ``RESULTS/accuracy.json`` and not run again; an unfinished one resumes from its last
 checkpoint below WORK, so the study can be made in pieces (``--minutes``).
@@ -16,6 +16,7 @@ python benchmarks/accuracy.py DATA [--sections models maps ablations] [--seeds 0
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 import yaml
-from accuracy_report import Report
+from accuracy_report import Report, Row
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule, get_model
@@ -204,13 +205,13 @@ class Study:
         for variant, table in zip(variants, tables, strict=True):
             self.report.add("maps", variant, table, {"run": name})
 
-    def measure_levels(self, name: str) -> None:
-        """Split the error of a trained UniAS on good test images: what the token grid costs, and all of it."""
+    def measure_levels(self, section: str, name: str, measure: Callable[[UniAS, Unified], list[Row]]) -> None:
+        """Measure the levels of a trained UniAS on good test images."""
         checkpoint = self.checkpoint(name)
-        if checkpoint is None or "levels" in self.report.results:
+        if checkpoint is None or section in self.report.results:
             return
-        print("  levels ...", flush=True)
-        self.report.add_levels(level_errors(*self.trained(checkpoint)))
+        print(f"  {section} ...", flush=True)
+        self.report.add_rows(section, measure(*self.trained(checkpoint)))
 
     def trained(self, checkpoint: Path) -> tuple[UniAS, Unified]:
         """Return a trained UniAS and the data, ready to test."""
@@ -220,7 +221,39 @@ class Study:
 
 
 @torch.no_grad()
-def level_errors(model: UniAS, datamodule: Unified) -> list[dict[str, float]]:
+def explained_shares(model: UniAS, datamodule: Unified) -> list[Row]:
+    """Return per category and level how much of the features' variance is reconstructed.
+
+    The variance within the category, over images and places: a reconstruction that gives nothing but the category's
+    mean features explains 0 %, a perfect one 100 %.
+    """
+    samples = datamodule.test_data.samples
+    category = dict(zip(samples["image_path"], samples["category"], strict=True))
+    moments: dict[str, list[Tensor]] = {}  # per level: sums over images of squared errors, features, squared features
+    count: Counter[str] = Counter()
+    for batch in datamodule.test_dataloader():
+        images = model.pre_processor.transform(batch.image)
+        reconstructions, targets, deviations = model.model.reconstruct(images)
+        for index in torch.nonzero(batch.gt_label == 0).flatten().tolist():
+            name = category[batch.image_path[index]]
+            count[name] += 1
+            for j, (r, t, scale) in enumerate(zip(reconstructions, targets, deviations, strict=True)):
+                error, feature = (r - t)[index] / scale[0], t[index] / scale[0]
+                means = torch.stack([x.double().mean((1, 2)) for x in (error**2, feature, feature**2)])
+                levels = moments.setdefault(name, [torch.zeros(())] * len(targets))
+                levels[j] = levels[j] + means
+    rows: list[Row] = []
+    for name, levels in sorted(moments.items()):
+        row: Row = {"category": name}
+        for j, sums in enumerate(levels):
+            error, mean, square = sums / count[name]
+            row[f"level {4 - j}"] = round(100 * float(1 - error.sum() / (square - mean**2).sum()), 1)
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def level_errors(model: UniAS, datamodule: Unified) -> list[Row]:
     """Return the mean cosine distance of good test images per level, coarse to fine.
 
     Returns:
@@ -377,7 +410,8 @@ def main() -> None:
         for run in ablation_runs(args.ablation_epochs):
             study.train("ablations", run)
     if "levels" in args.sections:
-        study.measure_levels("ablation_target_and_levels_of_the_paper")
+        study.measure_levels("levels", "ablation_target_and_levels_of_the_paper", level_errors)
+        study.measure_levels("explained", f"unias_{args.seeds[0]}", explained_shares)
     print(study.report.markdown())
 
 

@@ -57,9 +57,9 @@ class Report:
         self.write()
         print(f"    {name}: pixel AP {row['means']['all']['pixel_AP']} %", flush=True)
 
-    def add_levels(self, rows: list[Row]) -> None:
-        """Take the errors of the levels and write all files."""
-        self.results["levels"] = rows
+    def add_rows(self, section: str, rows: list[Row]) -> None:
+        """Take the rows of a table and write all files."""
+        self.results[section] = rows
         self.write()
 
     def write(self) -> None:
@@ -87,6 +87,12 @@ class Report:
                 "## Cosine distance of good images per level (target and levels of the paper)",
                 "`error`: of the reconstruction; `grid`: of the target averaged over the tokens and interpolated.",
                 table(self.results["levels"], ("level", "error", "grid")),
+            ]
+        if "explained" in self.results:
+            text += [
+                "## Variance of good images' features that the first UniAS reconstructs, percent",
+                "Within a category, over images and places: 0 is a reconstruction of nothing but the category's mean.",
+                table(self.results["explained"], tuple(self.results["explained"][0])),
             ]
         models = self.rows("models")
         if models:
