@@ -5,8 +5,8 @@ Every model is trained once on all nine categories (``configs/inspection.yaml``)
 package. Sections: ``models``, the comparison over seeds, with learning curves; ``maps``, other fusions, blurs and
 image scores on the trained UniAS; ``ablations``, UniAS retrained with something changed, on fewer epochs; ``levels``,
 what of each level's error comes from the token grid, and how much of a category's variety is reconstructed. No
-checkpoint is selected; the curves only show whether training had converged. The configuration's target, levels and
-whitening were chosen after their figures on this test set were seen.
+checkpoint is selected; the curves only show whether training had converged. The configuration's target and
+prototypes were chosen after their figures on this test set were seen.
 
 Every finished run is kept in ``RESULTS/accuracy.json`` and not run again; an unfinished one resumes from its last
 checkpoint below WORK, so the study can be made in pieces (``--minutes``).
@@ -39,6 +39,7 @@ from anomalib_uniass.metrics import CategoryMetrics, CategoryMetricsCallback
 from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, image_score
 
 CONFIG = Path(__file__).parents[1] / "configs" / "inspection.yaml"
+UNIAD_EPOCHS = 24  # longer than UniAS: it learns more slowly and an epoch takes less
 CURVE_SHARES = (0.125, 0.25, 0.5, 0.75)  # of the epochs; the last point of a curve is the test itself
 
 
@@ -196,7 +197,7 @@ class Study:
     def compare_maps(self, name: str) -> None:
         """Score other maps and image scores of a trained UniAS, each with one thing changed."""
         checkpoint = self.checkpoint(name)
-        if checkpoint is None or "product (paper)" in self.report.rows("maps"):
+        if checkpoint is None or "as configured" in self.report.rows("maps"):
             return
         print("  maps ...", flush=True)
         model, datamodule = self.trained(checkpoint)
@@ -304,22 +305,20 @@ class Shared:
 def map_variants(generator: AnomalyMapGenerator) -> dict[str, Callable[[Any, Any], Prediction]]:
     """Return ways to make map and score of reconstructions and targets."""
     identities = torch.nn.ModuleList(torch.nn.Identity() for _ in generator.blurs)
-    unblurred, unwhitened = deepcopy(generator), deepcopy(generator)
-    unblurred.blurs, unwhitened.whitenings = identities, identities
+    unblurred, paper = deepcopy(generator), deepcopy(generator)
+    unblurred.blurs, paper.statistics = identities, None
     smooth = GaussianBlur2d(sigma=4.0, kernel_size=33)
 
-    def product(maps: list[Tensor]) -> Tensor:
-        return torch.stack(maps).prod(0)
-
     def variant(
-        fuse: Callable[[list[Tensor]], Tensor] = product,
+        fuse: Callable[[list[Tensor]], Tensor] | None = None,
         *,
         levels: AnomalyMapGenerator = generator,
         blur: bool = False,
         reduction: Any = "std",
     ) -> Callable[[Any, Any], Prediction]:
         def predict(reconstructions: Any, targets: Any) -> Prediction:
-            fused = fuse(levels.level_maps(reconstructions, targets))
+            maps = levels.level_maps(reconstructions, targets)
+            fused = levels.fuse(maps, targets) if fuse is None else fuse(maps)
             anomaly_map = F.interpolate(fused, scale_factor=2.0, mode="bilinear", align_corners=True)
             anomaly_map = smooth(anomaly_map) if blur else anomaly_map
             return Prediction(anomaly_map, image_score(anomaly_map, reduction=reduction))
@@ -327,13 +326,16 @@ def map_variants(generator: AnomalyMapGenerator) -> dict[str, Callable[[Any, Any
         return predict
 
     return {
-        "product (paper)": variant(),
-        "mean": variant(lambda maps: torch.stack(maps).mean(0)),
-        "product, errors not whitened": variant(levels=unwhitened),
-        "product, no level blur": variant(levels=unblurred),
-        "product, Gaussian of 4 px behind": variant(blur=True),
-        "product, score max": variant(reduction="max"),
-        "product, score top 1 %": variant(reduction="top"),
+        "as configured": variant(),
+        "product of the paper": variant(levels=paper),
+        "product of the paper of levels 4 and 3": variant(lambda maps: maps[0] * maps[1], levels=paper),
+        "all levels": variant(lambda maps: torch.stack(maps).prod(0)),
+        "levels 4 and 3": variant(lambda maps: maps[0] * maps[1]),
+        "mean of all levels": variant(lambda maps: torch.stack(maps).mean(0)),
+        "no level blur": variant(levels=unblurred),
+        "Gaussian of 4 px behind": variant(blur=True),
+        "score max": variant(reduction="max"),
+        "score top 1 %": variant(reduction="top"),
     } | {f"level {4 - level} alone": variant(lambda maps, level=level: maps[level]) for level in range(len(identities))}
 
 
@@ -343,23 +345,29 @@ def model_runs(seeds: Iterable[int], epochs: int | None) -> list[Run]:
     unias = config["model"]["init_args"] | {"visualizer": False}
     backbone = {name: unias[name] for name in ("backbone", "weights", "visualizer")}
     uniad = backbone | {"learning_rate": 5e-4, "lr_schedule": "onecycle"}
-    length = epochs or config["trainer"]["max_epochs"]
     runs = [Run(name="patchcore_0", model="BoundedPatchcore", arguments=backbone)]
     for seed in seeds:
         runs += [
-            Run(name=f"unias_{seed}", model="UniAS", arguments=unias | {"seed": seed}, epochs=length),
-            Run(name=f"uniad_{seed}", model="UniAD", arguments=uniad | {"seed": seed}, epochs=length),
+            Run(
+                name=f"unias_{seed}",
+                model="UniAS",
+                arguments=unias | {"seed": seed},
+                epochs=epochs or config["trainer"]["max_epochs"],
+            ),
+            Run(name=f"uniad_{seed}", model="UniAD", arguments=uniad | {"seed": seed}, epochs=epochs or UNIAD_EPOCHS),
         ]
     return runs
 
 
 def ablation_runs(epochs: int) -> list[Run]:
-    """Return trainings that differ from the first, which does not whiten errors, in one thing."""
+    """Return trainings that differ in one thing from the first, which compares levels 4 and 3 as the paper does."""
     config = yaml.safe_load(CONFIG.read_text())["model"]["init_args"]
-    base = config | {"visualizer": False, "seed": 0, "whiten_errors": False}
+    base = config | {"visualizer": False, "seed": 0, "finest_level": 3, "prototypes": 0}
     changes: dict[str, dict[str, Any]] = {
         "base": {},
-        "whitened errors": {"whiten_errors": True},
+        "prototype 1": {"prototypes": 1},
+        "prototypes 16": {"prototypes": 16},
+        "prototypes 16 and finest level 1": {"prototypes": 16, "finest_level": 1},
         "target of the paper": {"target": "low_frequencies"},
         "finest level 2": {"finest_level": 2},
         "finest level 1": {"finest_level": 1},
@@ -387,7 +395,7 @@ def main() -> None:
         "--sections", nargs="+", choices=("models", "maps", "ablations", "levels"), default=["models", "maps"]
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=int, help="of UniAS in `models` instead of the configuration's")
+    parser.add_argument("--epochs", type=int, help="of UniAS and UniAD in `models`")
     parser.add_argument("--ablation-epochs", type=int, default=6)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then; the next call resumes")
     parser.add_argument("--work", type=Path, default=Path("results/accuracy"))

@@ -182,10 +182,10 @@ def test_exported_model_equals_engine_predict(
 
 
 def test_options_that_are_not_the_papers_are_exported(folder: Path, tmp_path: Path) -> None:
-    """Standardised features, compared as they are or whitened, without the finest levels."""
+    """Standardised features and statistics of errors, without the finest levels."""
     model = UniAS(
         backbone="resnet18", pre_trained=False, image_size=(128, 128), hidden_dim=32, feedforward_dim=32, seed=0,
-        standardize_features=True, target="features", finest_level=3, whiten_errors=True,
+        standardize_features=True, target="features", finest_level=3, prototypes=2,
     )  # fmt: skip
     run = engine(tmp_path, max_epochs=1)
     run.fit(model, datamodule=photos(folder))

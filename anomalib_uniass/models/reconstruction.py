@@ -25,7 +25,7 @@ from anomalib_uniass.models.export import ExportMixin
 logger = logging.getLogger(__name__)
 
 GRADIENT_CLIP = 0.1
-STANDARDIZATION_BATCHES = 100
+STATISTICS_BATCHES = 100
 
 LRSchedule = Literal["step", "onecycle"]
 
@@ -83,8 +83,8 @@ class ReconstructionMixin(ExportMixin):
         standardization = self.model.standardization
         if standardization is None or standardization.fitted:
             return
-        logger.info("Standardising backbone features over up to %d training batches.", STANDARDIZATION_BATCHES)
-        standardization.fit(islice(self._training_features(), STANDARDIZATION_BATCHES))
+        logger.info("Standardising backbone features over up to %d training batches.", STATISTICS_BATCHES)
+        standardization.fit(islice(self._training_features(), STATISTICS_BATCHES))
 
     def _training_features(self) -> Iterator[list[Tensor]]:
         """Yield backbone features of the training set, in the trainer's batches."""

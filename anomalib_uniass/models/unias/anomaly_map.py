@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass.components.gaussian_blur import GaussianBlur2d
-from anomalib_uniass.models.unias.whitening import ErrorWhitening
+from anomalib_uniass.models.unias.error_statistics import ErrorStatistics
 
 ImageScore = Literal["std", "max", "top"]
 
@@ -21,29 +21,19 @@ class AnomalyMapGenerator(nn.Module):
     Args:
         image_size: Height and width of the final map; the levels are fused at half of it.
         levels: Number of levels, counted from the coarsest; the paper's four or fewer.
-        whitened_channels: Channels C_i, coarse to fine, to compare features that are whitened; None, as in the paper,
-            compares them as they are.
+        statistics: Statistics of the errors on good images, to compare by; None, as in the paper, compares features as
+            they are and all levels alike.
     """
 
     def __init__(
-        self, image_size: tuple[int, int], *, levels: int = 4, whitened_channels: Sequence[int] | None = None
+        self, image_size: tuple[int, int], *, levels: int = 4, statistics: ErrorStatistics | None = None
     ) -> None:
         super().__init__()
         height, width = image_size
         self.fusion_size = (height // 2, width // 2)
         # Coarse to fine, as in the release: the finer the level, the wider its blur.
         self.blurs = nn.ModuleList(GaussianBlur2d(sigma=k / 3, kernel_size=k) for k in (3, 5, 7, 9)[:levels])
-        self.whitenings = nn.ModuleList(
-            [nn.Identity() for _ in self.blurs]
-            if whitened_channels is None
-            else [ErrorWhitening(channels) for channels in whitened_channels]
-        )
-
-    def observe(self, reconstructions: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-        """Take in the errors of a training step, for the whitening."""
-        for whitening, reconstruction, target in zip(self.whitenings, reconstructions, targets, strict=True):
-            if isinstance(whitening, ErrorWhitening):
-                whitening.update(reconstruction, target)
+        self.statistics = statistics
 
     def level_maps(self, reconstructions: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
         """Return the blurred cosine distance of every level, ``(B, 1, H / 2, W / 2)`` each, in [0, 2].
@@ -52,18 +42,31 @@ class AnomalyMapGenerator(nn.Module):
             reconstructions: Reconstructed features, coarse to fine.
             targets: Their targets, coarse to fine.
         """
+        pairs = list(zip(reconstructions, targets, strict=True))
+        if (statistics := self.statistics) is not None:
+            statistics.fold_ahead()
+            kinds = statistics.kinds(targets[0])
+            pairs = [
+                (statistics.whiten(level, reconstruction, kinds), statistics.whiten(level, target, kinds))
+                for level, (reconstruction, target) in enumerate(pairs)
+            ]
         maps = []
-        for blur, whiten, reconstruction, target in zip(
-            self.blurs, self.whitenings, reconstructions, targets, strict=True
-        ):
-            distance = 1 - F.cosine_similarity(whiten(reconstruction), whiten(target), dim=1)[:, None]
+        for blur, (reconstruction, target) in zip(self.blurs, pairs, strict=True):
+            distance = 1 - F.cosine_similarity(reconstruction, target, dim=1)[:, None]
             maps.append(blur(F.interpolate(distance, size=self.fusion_size, mode="bilinear", align_corners=False)))
         return maps
 
+    def fuse(self, maps: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """Return the product of the level maps, ``(B, 1, H / 2, W / 2)``, of those that say something of the image."""
+        if self.statistics is not None:
+            exponents = self.statistics.exponents[self.statistics.kinds(targets[0])].T[:, :, None, None, None]
+            maps = [m.clamp_min(0) ** exponent for m, exponent in zip(maps, exponents, strict=True)]
+        return reduce(torch.mul, maps)  # m4 * m3 * m2 * m1
+
     def forward(self, reconstructions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        """Return the product of the level maps at the input's size."""
-        product = reduce(torch.mul, self.level_maps(reconstructions, targets))  # m4 * m3 * m2 * m1
-        return F.interpolate(product, scale_factor=2.0, mode="bilinear", align_corners=True)
+        """Return the fused level maps at the input's size."""
+        fused = self.fuse(self.level_maps(reconstructions, targets), targets)
+        return F.interpolate(fused, scale_factor=2.0, mode="bilinear", align_corners=True)
 
 
 def image_score(anomaly_map: Tensor, *, reduction: ImageScore = "std", top_share: float = 0.01) -> Tensor:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """UniAS as an anomalib model."""
 
+import logging
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
@@ -12,7 +14,13 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 
 from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
-from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_choice, parse_image_size
+from anomalib_uniass.models.reconstruction import (
+    STATISTICS_BATCHES,
+    LRSchedule,
+    ReconstructionMixin,
+    check_choice,
+    parse_image_size,
+)
 from anomalib_uniass.models.unias.anomaly_map import ImageScore
 from anomalib_uniass.models.unias.loss import CosineTerm, ReconstructionLoss
 from anomalib_uniass.models.unias.quantization import quantize_reconstruction
@@ -20,6 +28,8 @@ from anomalib_uniass.models.unias.torch_model import Target, UniASModel
 
 if TYPE_CHECKING:
     import openvino as ov
+
+logger = logging.getLogger(__name__)
 
 
 class UniAS(ReconstructionMixin, AnomalibModule):
@@ -46,8 +56,10 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         finest_level: Finest level that is reconstructed and enters the map: 1, the paper's, has stride 2; 2 has
             stride 4 and 3 has stride 8. The token grid cannot render fine texture: on such surfaces leave out the
             fine levels, which makes the model cheaper too.
-        whiten_errors: Compare features after whitening with the covariance of the reconstruction's errors in training:
-            what is unpredictable of good surfaces counts less. Not in the paper; costs next to nothing.
+        prototypes: Number of kinds of images, found by k-means, that the model keeps statistics of its errors on good
+            images for, to weigh errors by: what it cannot predict of a kind's good surface counts less, and fine levels
+            count where it explains something there. Twice the number of categories will do; 0, as in the paper, weighs
+            all errors alike.
         loss_weight: Weight of the loss; the release takes 10 for MVTec AD and 1 for VisA.
         mse_weight: Weight of the mean squared error in the loss.
         cosine_weight: Weight of the cosine term in the loss.
@@ -91,7 +103,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         "standardize_features",
         "target",
         "finest_level",
-        "whiten_errors",
+        "prototypes",
     )
 
     def __init__(
@@ -108,7 +120,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         standardize_features: bool = False,
         target: Target = "low_frequencies",
         finest_level: int = 1,
-        whiten_errors: bool = False,
+        prototypes: int = 0,
         loss_weight: float = 10.0,
         mse_weight: float = 1.0,
         cosine_weight: float = 1.0,
@@ -153,7 +165,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             standardize_features=standardize_features,
             target=target,
             finest_level=finest_level,
-            whiten_errors=whiten_errors,
+            prototypes=prototypes,
             score=score,
             seed=seed,
         )
@@ -162,6 +174,15 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             weight=loss_weight, mse_weight=mse_weight, cosine_weight=cosine_weight, cosine_term=cosine_term
         )
         self.complete_pre_processor(pre_processor, image_size)
+
+    def on_fit_start(self) -> None:
+        """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them."""
+        super().on_fit_start()
+        statistics = self.model.anomaly_map.statistics
+        if statistics is not None and not statistics.fitted:
+            logger.info("Finding prototypes in up to %d training batches.", STATISTICS_BATCHES)
+            features = islice(self._training_features(), STATISTICS_BATCHES)
+            statistics.fit(levels[-1] for levels in features)
 
     def configure_post_processor(self) -> PostProcessor:
         """Return thresholds per category, normalised by square roots: the maps are products of four distances."""

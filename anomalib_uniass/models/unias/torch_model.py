@@ -19,6 +19,7 @@ from anomalib_uniass.components.standardization import FeatureStandardization
 from anomalib_uniass.components.token_grid import check_image_size, token_grid
 from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, ImageScore, image_score
 from anomalib_uniass.models.unias.decoder import HEADS, SourceEmbedding, SpatialChannelDecoder
+from anomalib_uniass.models.unias.error_statistics import ErrorStatistics
 from anomalib_uniass.models.unias.heads import ReconstructionHead
 from anomalib_uniass.models.unias.pixel_decoder import NORM_GROUPS, FPNPixelDecoder
 from anomalib_uniass.models.unias.queries import GatedQueryGenerator
@@ -58,7 +59,8 @@ class UniASModel(nn.Module):
             the network and the squared error; directions are compared as they are. Not in the paper.
         target: What is reconstructed: the ``low_frequencies`` of the features, as in the paper, or the ``features``.
         finest_level: Finest level that is reconstructed and enters the map, 1 (stride 2, the paper's) to 3 (stride 8).
-        whiten_errors: Compare features after whitening with the covariance of the errors in training. Not in the paper.
+        prototypes: Kinds of images that have :class:`ErrorStatistics` of their own, to compare by; 0, as in the paper,
+            does without.
         score: Reduction of the map to the image score.
         seed: Seed of the initial weights; leaves torch's global generator alone. None draws from the latter.
 
@@ -81,7 +83,7 @@ class UniASModel(nn.Module):
         standardize_features: bool = False,
         target: Target = "low_frequencies",
         finest_level: int = 1,
-        whiten_errors: bool = False,
+        prototypes: int = 0,
         score: ImageScore = "std",
         seed: int | None = None,
     ) -> None:
@@ -120,9 +122,8 @@ class UniASModel(nn.Module):
                 ReconstructionHead(hidden_dim, c, grid_size=grid_size, scale=2**level)
                 for level, c in enumerate(reversed(channels))
             )
-            self.anomaly_map = AnomalyMapGenerator(
-                image_size, levels=levels, whitened_channels=channels[::-1] if whiten_errors else None
-            )
+            statistics = ErrorStatistics(channels[::-1], prototypes=prototypes) if prototypes else None
+            self.anomaly_map = AnomalyMapGenerator(image_size, levels=levels, statistics=statistics)
             self._reset_parameters()
         # The layout that tokens have when they are viewed as maps; convolutions then need not reorder their inputs.
         self.to(memory_format=torch.channels_last)
@@ -182,8 +183,8 @@ class UniASModel(nn.Module):
         targets = list(features) if self.target == "features" else restore(low_frequencies)
         reconstructions = restore(reconstructions[::-1])[::-1]
         targets = targets[::-1]
-        if self.training:
-            self.anomaly_map.observe(reconstructions, targets)
+        if self.training and self.anomaly_map.statistics is not None:
+            self.anomaly_map.statistics.update(reconstructions, targets)
         deviations = None if standardization is None else standardization.deviations[::-1]
         return Reconstruction(reconstructions, targets, deviations)
 
