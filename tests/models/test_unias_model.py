@@ -95,6 +95,7 @@ def test_seed_fixes_the_weights_and_leaves_the_global_generator_alone() -> None:
         ({"backbone": "resnet1888"}, "backbone must be a timm model name"),
         ({"image_size": (224,)}, r"image_size must be \(height, width\)"),
         ({"finest_level": 4}, r"finest_level must be 1, 2 or 3 \(strides 2, 4, 8\), got 4"),
+        ({"prototypes": -1}, "prototypes must not be negative, got -1"),
         ({"target": "all"}, "target must be one of low_frequencies, features, got 'all'"),
         ({"score": "mean"}, "score must be one of std, max, top, got 'mean'"),
         ({"cosine_term": "paper"}, "cosine_term must be one of distance, release"),
@@ -171,24 +172,28 @@ def test_training_moves_everything_but_the_backbone_and_learns(root: Path, tmp_p
 
 def test_checkpoint_round_trip_and_resume(root: Path, tmp_path: Path) -> None:
     data = datamodule(root)
-    model = UniAS(**TINY, standardize_features=True, lr_schedule="onecycle", visualizer=False)
+    model = UniAS(**TINY, standardize_features=True, prototypes=3, lr_schedule="onecycle", visualizer=False)
     run = engine(tmp_path, max_epochs=2)
     run.fit(model, datamodule=data)
     path = Path(run.best_model_path or "")
     loaded = UniAS.load_from_checkpoint(path)
     assert loaded.hparams.image_size == (128, 128)
     assert loaded.model.standardization is not None and loaded.model.standardization.fitted
+    statistics = loaded.model.anomaly_map.statistics
+    assert statistics.fitted and statistics.images.sum() == 2 * len(data.train_data)
     images = torch.rand(2, 3, 96, 80)
     for a, b in zip(model.eval()(images), loaded.eval()(images), strict=True):
         if a is not None:
             torch.testing.assert_close(a, b)
 
     # A run that stopped goes on from its last checkpoint with the same statistics.
-    again = UniAS(**{**TINY, "seed": 1}, standardize_features=True, visualizer=False)
+    again = UniAS(**{**TINY, "seed": 1}, standardize_features=True, prototypes=3, visualizer=False)
     longer = engine(tmp_path, max_epochs=3)
     longer.fit(again, datamodule=data, ckpt_path=path)
     assert longer.trainer.global_step == 3 * len(data.train_dataloader())
     torch.testing.assert_close(again.model.standardization.std_2, model.model.standardization.std_2, rtol=0, atol=0)
+    assert torch.equal(again.model.anomaly_map.statistics.centers, statistics.centers)
+    assert again.model.anomaly_map.statistics.images.sum() == 3 * len(data.train_data)
 
 
 def test_checkpoint_of_another_configuration_is_refused(root: Path, tmp_path: Path) -> None:

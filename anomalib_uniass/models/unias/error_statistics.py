@@ -111,8 +111,8 @@ class ErrorStatistics(FoldingModule):
                 }
                 for name, values in statistics.items():
                     running = self.get_buffer(f"{name}_{level}")
-                    now = (share @ values.flatten(1)).view_as(running) if values.ndim > 1 else share @ values
-                    running.lerp_(now, rate.view(-1, *[1] * (running.ndim - 1)))
+                    now = torch.einsum("kb,b...->k...", share, values)
+                    running += torch.einsum("k,k...->k...", rate, now - running)
 
     def whiten(self, level: int, features: Tensor, kinds: Tensor) -> Tensor:
         """Multiply features of a level by S^(-1/2) of their kinds: ``(B, C_j, H, W), (B,) -> (B, C_j, H, W)``."""

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of the reconstruction's errors against NumPy, and what the anomaly map makes of them."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator
+from anomalib_uniass.models.unias.error_statistics import EXPLAINED, PRIOR, WINDOW, ErrorStatistics
+from anomalib_uniass.models.unias.torch_model import UniASModel
+
+Array = NDArray[np.float64]
+CHANNELS = (6, 4, 3, 3)  # coarse to fine
+TINY: dict[str, Any] = {
+    "backbone": "resnet18",
+    "pre_trained": False,
+    "image_size": (128, 128),
+    "hidden_dim": 32,
+    "feedforward_dim": 32,
+    "seed": 0,
+}
+
+
+def kind_of_image(kind: int, images: int, *, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return reconstructions and targets of good images.
+
+    Kinds differ in the mean of the coarsest features, in the covariance of errors, and in what is explained: level 2
+    (stride 4) of kind 0 alone, level 1 (stride 2) of both.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    reconstructions, targets = [], []
+    for level, channels in enumerate(CHANNELS):
+        shape = (images, channels, 4 * 2**level, 3 * 2**level)
+        target = torch.randn(shape, generator=generator) + 5 * kind
+        mixing = torch.eye(channels)
+        mixing[kind] = 2.0
+        error = torch.einsum("dc,bchw->bdhw", mixing, torch.randn(shape, generator=generator))
+        explained = level == 3 or (level == 2 and kind == 0)
+        reconstructions.append(target + error * (0.1 if explained else 1.0))
+        targets.append(target)
+    return reconstructions, targets
+
+
+def fitted() -> ErrorStatistics:
+    statistics = ErrorStatistics(CHANNELS, prototypes=2).eval()
+    statistics.fit(kind_of_image(kind, 5, seed=9)[1][0] for kind in (0, 1))
+    return statistics
+
+
+def trained() -> tuple[ErrorStatistics, int]:
+    """Return statistics of some steps, and which prototype is kind 0."""
+    statistics = fitted()
+    first = int(statistics.kinds(kind_of_image(0, 1, seed=0)[1][0]))
+    for seed in range(4):
+        for kind, images in ((0, 3), (1, 2)):
+            statistics.update(*kind_of_image(kind, images, seed=seed))
+    return statistics.eval(), first
+
+
+def error_covariance(kind: int, level: int) -> Array:
+    """Return the covariance of the errors that `trained` has seen."""
+    pairs = [kind_of_image(kind, (3, 2)[kind], seed=seed) for seed in range(4)]
+    error = torch.cat([(r[level] - t[level]).double() for r, t in pairs]).numpy().transpose(1, 0, 2, 3)
+    error = error.reshape(CHANNELS[level], -1)
+    return np.asarray(error @ error.T / error.shape[1])
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_whitening_is_the_inverse_root_of_the_shrunk_covariance(level: int) -> None:
+    statistics, first = trained()
+    images = {0: 12, 1: 8}
+    own = {kind: error_covariance(kind, level) for kind in images}
+    mean = sum(images[kind] * own[kind] for kind in images) / 20
+    for kind, count in images.items():
+        covariance = (count * own[kind] + PRIOR * mean) / (count + PRIOR)
+        shrunk = (covariance + np.trace(covariance) / len(covariance) * np.eye(len(covariance))) / 2
+        matrix = statistics.get_buffer(f"whitening_{level}")[first if kind == 0 else 1 - first].double().numpy()
+        np.testing.assert_allclose(matrix @ shrunk @ matrix, np.eye(len(matrix)), atol=1e-4)
+
+
+def test_fine_levels_count_where_something_is_explained() -> None:
+    """Level 1 of kind 1 would pass, but level 2 before it does not."""
+    statistics, first = trained()
+    torch.testing.assert_close(statistics.exponents[first], torch.ones(4))
+    torch.testing.assert_close(statistics.exponents[1 - first], torch.tensor([2.0, 2.0, 0.0, 0.0]))
+    for kind, expected in ((0, True), (1, False)):
+        pairs = [kind_of_image(kind, 3, seed=seed) for seed in range(4)]
+        target = torch.cat([t[2] for _, t in pairs])
+        error = torch.cat([r[2] - t[2] for r, t in pairs])
+        variance = target.var(dim=(0, 2, 3), correction=0).sum()
+        assert bool(1 - error.square().mean(dim=(0, 2, 3)).sum() / variance >= EXPLAINED) is expected
+
+
+def test_images_find_their_kind() -> None:
+    statistics = fitted()
+    kinds = torch.cat([statistics.kinds(kind_of_image(kind, 7, seed=3)[1][0]) for kind in (0, 1)])
+    assert kinds[:7].unique().numel() == kinds[7:].unique().numel() == 1
+    assert kinds[0] != kinds[-1]
+
+
+def test_more_prototypes_than_images() -> None:
+    statistics = ErrorStatistics(CHANNELS, prototypes=8)
+    reconstructions, targets = kind_of_image(0, 3, seed=0)
+    statistics.fit([targets[0]])
+    assert sorted(statistics.kinds(targets[0]).tolist()) == [0, 1, 2]
+    statistics.update(reconstructions, targets)
+    statistics.eval()
+    assert all(statistics.get_buffer(name).isfinite().all() for name in statistics.constants)
+
+
+def test_no_image_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one batch of training images, got none"):
+        ErrorStatistics(CHANNELS, prototypes=2).fit([])
+
+
+def test_batches_may_be_cut_differently() -> None:
+    one, two = fitted(), fitted()
+    parts = [kind_of_image(kind, 4, seed=1) for kind in (0, 1)]
+    one.update(*([torch.cat(level) for level in zip(*side, strict=True)] for side in zip(*parts, strict=True)))
+    for reconstructions, targets in parts:
+        for half in (slice(2), slice(2, None)):
+            two.update([r[half] for r in reconstructions], [t[half] for t in targets])
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_old_images_are_forgotten() -> None:
+    statistics = ErrorStatistics(CHANNELS, prototypes=1)
+    old, new = kind_of_image(0, 20, seed=0), kind_of_image(0, 20, seed=1)
+    for _ in range(WINDOW // 20 + 1):
+        statistics.update(*old)
+    before = statistics.covariance_0.clone()
+    statistics.update(*new)
+    other = ErrorStatistics(CHANNELS, prototypes=1)
+    other.update(*new)
+    moved = before + 20 / WINDOW * (other.covariance_0 - before)
+    torch.testing.assert_close(statistics.covariance_0, moved, rtol=1e-4, atol=1e-5)
+
+
+def test_constants_follow_updates_and_loading() -> None:
+    statistics, _ = trained()
+    kinds, x = torch.tensor([0, 1, 1]), kind_of_image(0, 3, seed=5)[1][0]
+    expected = statistics.whiten(0, x, kinds)
+    for assign in (False, True):
+        copy = ErrorStatistics(CHANNELS, prototypes=2).eval()
+        torch.testing.assert_close(copy.whiten(0, x, kinds), x)  # of no image yet
+        copy.load_state_dict(statistics.state_dict(), assign=assign)
+        torch.testing.assert_close(copy.whiten(0, x, kinds), expected)
+        copy.update(*kind_of_image(0, 3, seed=6))
+        copy.fold_ahead()
+        assert not torch.allclose(copy.whiten(0, x, kinds), expected)
+
+
+def test_map_is_the_product_of_whitened_distances() -> None:
+    statistics, first = trained()
+    generator = AnomalyMapGenerator((64, 48), statistics=statistics)
+    pairs = [kind_of_image(kind, 1, seed=7) for kind in (0, 1)]
+    reconstructions, targets = ([torch.cat(level) for level in zip(*s, strict=True)] for s in zip(*pairs, strict=True))
+    expected = []
+    for image, kind in enumerate((first, 1 - first)):
+        product = torch.ones(1, 1, 32, 24)
+        for level, blur in enumerate(generator.blurs):
+            matrix = statistics.get_buffer(f"whitening_{level}")[kind].double().numpy()
+            precision = matrix.T @ matrix
+            r, t = (x[level][image].double().numpy() for x in (reconstructions, targets))
+            dot, rr, tt = (np.einsum("chw,cd,dhw->hw", a, precision, b) for a, b in ((r, t), (r, r), (t, t)))
+            distance = torch.from_numpy(1 - dot / np.sqrt(rr * tt)).float()[None, None]
+            level_map = blur(F.interpolate(distance, size=(32, 24), mode="bilinear"))
+            product = product * level_map ** (1.0 if kind == first else (2.0, 2.0, 0.0, 0.0)[level])
+        expected.append(F.interpolate(product, size=(64, 48), mode="bilinear", align_corners=True))
+    torch.testing.assert_close(generator(reconstructions, targets), torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_only_training_moves_the_statistics_and_only_the_map_uses_them() -> None:
+    images = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    plain = UniASModel(**TINY, finest_level=3).eval()
+    model = UniASModel(**TINY, finest_level=3, prototypes=2).eval()
+    names = {name for name in model.state_dict() if name.startswith("anomaly_map.statistics.")}
+    assert set(model.state_dict()) - set(plain.state_dict()) == names
+    torch.testing.assert_close(model(images).anomaly_map, plain(images).anomaly_map)  # of no image yet
+    before = {name: model.state_dict()[name].clone() for name in names}
+    model(images)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    model.train().reconstruct(images)
+    model.eval()
+    assert int(model.anomaly_map.statistics.images.sum()) == len(images)
+    for a, b in zip(plain.reconstruct(images)[:2], model.reconstruct(images)[:2], strict=True):
+        for expected, actual in zip(a, b, strict=True):
+            torch.testing.assert_close(actual, expected)
+    assert not torch.allclose(model(images).anomaly_map, plain(images).anomaly_map, rtol=0.01)
