@@ -18,6 +18,7 @@ python benchmarks/elpv.py [--seeds 0 1 2] [--epochs 24] [--minutes 10]
 import argparse
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
+from anomalib_uniass import UniAS
 from anomalib_uniass.metrics.functional import image_metrics
 from anomalib_uniass.models.unias.anomaly_map import image_score
 
@@ -223,14 +225,18 @@ def _auroc(scores: Scores, cells: list[Cell]) -> tuple[float, int]:
 
 @torch.no_grad()
 def image_scores(model: LightningModule, loader: DataLoader[Any], device: torch.device) -> dict[str, Scores]:
-    """Return the model's own score of each test cell, and reductions of its raw map."""
+    """Return the model's own score of each test cell, and reductions of its raw map; of UniAS without fine levels too."""
     model.to(device).eval()
-    scores: dict[str, Scores] = {name: {} for name in ("own", *REDUCTIONS)}
+    scores: dict[str, Scores] = defaultdict(dict)
     for batch in loader:
-        prediction = model.model(model.pre_processor.transform(batch.image.to(device)))
+        image = model.pre_processor.transform(batch.image.to(device))
+        prediction = model.model(image)
         columns: dict[str, Tensor] = {"own": prediction.pred_score.flatten()}
         for reduction in REDUCTIONS:
             columns[reduction] = image_score(prediction.anomaly_map, reduction=reduction)  # type: ignore[arg-type]
+        if isinstance(model, UniAS):
+            level_4, level_3, *_ = model.model.anomaly_map.level_maps(*model.model.reconstruct(image)[:2])
+            columns["levels 4 and 3"] = image_score(level_4 * level_3)
         for name, values in columns.items():
             indices = (int(Path(path).stem) for path in batch.image_path)
             scores[name].update(zip(indices, values.tolist(), strict=True))
@@ -267,7 +273,8 @@ class Report(StudyReport):
             "Image AUROC in percent per busbar layout (wafer and number of busbars), and the mean over layouts. "
             "Trained on cells with p = 0, tested on p = 0 against p = 1; whole modules on one side; every cell scaled "
             "to one median brightness. `own` is the model's own image score, UniAS's is `std`; the others are the "
-            "standard deviation, the maximum, and the mean of the top 1 % of its raw map.",
+            "standard deviation, the maximum, and the mean of the top 1 % of its raw map, and the standard deviation of "
+            "the product of UniAS's levels 4 and 3.",
             table(counts, tuple(counts[0])),
         ]
         titles = {"pooled": "All pairs of test cells", "within_modules": "Pairs within one module"}
@@ -359,7 +366,7 @@ def main() -> None:
     """Prepare the cells, then train and score every model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=int, help="of UniAS and UniAD; else as configs/inspection.yaml")
+    parser.add_argument("--epochs", type=int, help="of UniAS and UniAD; else as in accuracy.py")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="stop after that epoch; the next call resumes"
     )

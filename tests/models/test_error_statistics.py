@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics of the reconstruction's errors against NumPy, and what the anomaly map makes of them."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -13,17 +11,10 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator
 from anomalib_uniass.models.unias.error_statistics import EXPLAINED, PRIOR, WINDOW, ErrorStatistics
 from anomalib_uniass.models.unias.torch_model import UniASModel
+from tests.models.test_unias_model import TINY
 
 Array = NDArray[np.float64]
 CHANNELS = (6, 4, 3, 3)  # coarse to fine
-TINY: dict[str, Any] = {
-    "backbone": "resnet18",
-    "pre_trained": False,
-    "image_size": (128, 128),
-    "hidden_dim": 32,
-    "feedforward_dim": 32,
-    "seed": 0,
-}
 
 
 def kind_of_image(kind: int, images: int, *, seed: int) -> tuple[list[Tensor], list[Tensor]]:
