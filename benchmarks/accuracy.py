@@ -17,9 +17,9 @@ python benchmarks/accuracy.py DATA [--sections models maps ablations] [--seeds 0
 import argparse
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,14 @@ class Run:
         model: Class name of the model.
         arguments: Its constructor's arguments.
         epochs: Length of the training; None leaves it to the model.
+        change: What is done to the model before it is trained.
     """
 
     name: str
     model: str
     arguments: dict[str, Any] = field(default_factory=dict)
     epochs: int | None = None
+    change: Callable[[Any], None] | None = None
 
 
 class LearningCurve(Callback):
@@ -175,6 +177,8 @@ class Study:
             return None
         print(f"  {run.name} ...", flush=True)
         model = get_model({"class_path": run.model, "init_args": run.arguments | {"evaluator": False}})
+        if run.change is not None:
+            run.change(model)
         length = {} if run.epochs is None else {"max_epochs": run.epochs, "check_val_every_n_epoch": 1}
         stop = StopAtDeadline(self.deadline)
         engine = Engine(default_root_dir=self.work / run.name, callbacks=[*callbacks, stop], **length)
@@ -381,10 +385,29 @@ def ablation_runs(epochs: int) -> list[Run]:
         "width 128": {"hidden_dim": 128, "feedforward_dim": 512},
         "loss sign of the release": {"cosine_term": "release"},
     }
-    return [
-        Run(name=f"ablation_{name.replace(' ', '_')}", model="UniAS", arguments=base | change, epochs=epochs)
-        for name, change in changes.items()
-    ]
+    parts = {"no Gaussian split": leave_out_split, "no MGG-CNN in the decoder": leave_out_mgg_cnn}
+    runs = [Run(name=name, model="UniAS", arguments=base | change, epochs=epochs) for name, change in changes.items()]
+    runs += [Run(name=name, model="UniAS", arguments=base, epochs=epochs, change=part) for name, part in parts.items()]
+    return [replace(run, name=f"ablation_{run.name.replace(' ', '_')}") for run in runs]
+
+
+class NoSplit(torch.nn.Module):
+    """Stands for the Gaussian split: the features themselves, and nothing where their high frequencies would be."""
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return features and the inputs of the network, as wide as ever."""
+        return list(features), [torch.cat([feature, torch.zeros_like(feature)], dim=1) for feature in features]
+
+
+def leave_out_split(model: UniAS) -> None:
+    """Feed the network features that are not split."""
+    model.model.frequency_split = NoSplit()
+
+
+def leave_out_mgg_cnn(model: UniAS) -> None:
+    """Leave out the MGG-CNN behind each decoder block."""
+    for block in model.model.decoder.blocks:
+        block.mgg_cnn = torch.nn.Identity()
 
 
 def main() -> None:

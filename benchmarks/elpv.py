@@ -225,7 +225,7 @@ def _auroc(scores: Scores, cells: list[Cell]) -> tuple[float, int]:
 
 @torch.no_grad()
 def image_scores(model: LightningModule, loader: DataLoader[Any], device: torch.device) -> dict[str, Scores]:
-    """Return the model's own score of each test cell, and reductions of its raw map; of UniAS without fine levels too."""
+    """Return the model's own score of each test cell, reductions of its raw map, and one of UniAS's coarse levels."""
     model.to(device).eval()
     scores: dict[str, Scores] = defaultdict(dict)
     for batch in loader:
@@ -273,8 +273,8 @@ class Report(StudyReport):
             "Image AUROC in percent per busbar layout (wafer and number of busbars), and the mean over layouts. "
             "Trained on cells with p = 0, tested on p = 0 against p = 1; whole modules on one side; every cell scaled "
             "to one median brightness. `own` is the model's own image score, UniAS's is `std`; the others are the "
-            "standard deviation, the maximum, and the mean of the top 1 % of its raw map, and the standard deviation of "
-            "the product of UniAS's levels 4 and 3.",
+            "standard deviation, the maximum, and the mean of the top 1 % of its raw map; `levels 4 and 3` is the "
+            "standard deviation of the product of these levels of UniAS.",
             table(counts, tuple(counts[0])),
         ]
         titles = {"pooled": "All pairs of test cells", "within_modules": "Pairs within one module"}
