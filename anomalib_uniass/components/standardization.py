@@ -59,7 +59,12 @@ class FeatureStandardization(nn.Module):
 
     def restore(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Undo :meth:`forward`."""
-        return [feature * self._std(i) + self._mean(i) for i, feature in enumerate(features)]
+        restored = []
+        for i, feature in enumerate(features):
+            # Flat: OpenVINO 2026.4 fuses a scale of maps with the matrix product before it, along the wrong axis.
+            flat = feature.flatten(2) * self._std(i).flatten(2) + self._mean(i).flatten(2)
+            restored.append(flat.unflatten(2, feature.shape[2:]))
+        return restored
 
     @property
     def deviations(self) -> list[Tensor]:
