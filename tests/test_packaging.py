@@ -157,6 +157,7 @@ def third_party(*, top_level_only: bool) -> set[str]:
         "cv2": "opencv-python-headless",
         "elpv_dataset": "elpv-dataset",
         "skimage": "scikit-image",
+        "sklearn": "scikit-learn",
     }
     return {named_otherwise.get(name, name) for name in modules - sys.stdlib_module_names - {"anomalib_uniass"}}
 
