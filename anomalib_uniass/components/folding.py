@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers in a row, folded into one: in every training step, or once as constants for inference."""
+"""Weights derived from others, such as linear layers folded into one: in every step, or once as constants."""
 
 from collections.abc import Sequence
 
