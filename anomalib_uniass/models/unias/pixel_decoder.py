@@ -1,21 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pixel decoder: a feature pyramid network with a transformer encoder on its deepest level."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_uniass.components.folding import FoldingModule
+from anomalib_uniass.components.linear import runs_on_cpu
 from anomalib_uniass.components.position_encoding import sine_position_encoding_2d
 from anomalib_uniass.components.recomputation import recompute
 from anomalib_uniass.components.transformer import EncoderLayer
+from anomalib_uniass.components.upsampled_conv import fold_upsampling, upsampled_conv2d
 
 NORM_GROUPS = 32
 
+# What both summands of a level cost apart must be less than their sum's multiply-adds by this factor, as in heads.py.
+FOLD_GAIN = 2
 
-class FPNPixelDecoder(nn.Module):
+Folded = Mapping[int, tuple[Tensor, Tensor]]
+"""Weights of :func:`~anomalib_uniass.components.upsampled_conv.fold_upsampling` by the fine level, coarse to fine."""
+
+
+class FPNPixelDecoder(FoldingModule):
     """Fuse the pyramid top-down: ``[(B, C_i, H_i, W_i)] fine to coarse -> [(B, D, H_i, W_i)] coarse to fine``.
+
+    The 3x3 convolution of a level acts on the sum of the upsampled level below and a lateral map. Both are linear but
+    for the lateral map's group norm, which is affine once its statistics are known, and these follow from mean and
+    covariance of the level's input. On a CPU the convolution is therefore computed of either summand by itself wherever
+    this takes less than half of the multiply-adds: of the lower level before it is upsampled, of the input before it is
+    projected to D channels.
 
     Args:
         in_channels: Channels of the inputs, fine to coarse; two at least.
@@ -38,8 +54,13 @@ class FPNPixelDecoder(nn.Module):
         depth: int = 3,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__()
         *fine, deepest = in_channels
+        self._levels_apart = [
+            level
+            for level, channels in enumerate(reversed(fine))
+            if FOLD_GAIN * (hidden_dim / 4 + channels) < hidden_dim  # times 9 D for every pixel of the level
+        ]
+        super().__init__([f"folded_{kind}_{level}" for level in self._levels_apart for kind in ("weight", "borders")])
         self.input_proj = nn.Conv2d(deepest, hidden_dim, kernel_size=1)
         self.encoder = nn.ModuleList(
             EncoderLayer(hidden_dim, heads=heads, feedforward_dim=feedforward_dim, dropout=dropout)
@@ -73,7 +94,7 @@ class FPNPixelDecoder(nn.Module):
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return the memory y4, y3, y2, y1, coarse to fine."""
         *fine, deepest = inputs
-        return self.fuse(list, self.encode(deepest), *fine)
+        return self.fuse(list, self.folded(deepest), self.encode(deepest), *fine)
 
     def encode(self, deepest: Tensor) -> Tensor:
         """Return y4, the encoded deepest level: ``(B, C_4, h, w) -> (B, D, h, w)``."""
@@ -83,31 +104,87 @@ class FPNPixelDecoder(nn.Module):
             tokens = layer(tokens, position=self.position)
         return F.relu(self.deepest_conv(tokens.transpose(1, 2).unflatten(2, x.shape[-2:])))
 
-    def fuse(self, use: Callable[[list[Tensor]], list[Tensor]], y: Tensor, *fine: Tensor) -> list[Tensor]:
+    def folded(self, x: Tensor) -> Folded:
+        """Return the folded weights of the levels that are computed by summands on the device of a tensor."""
+        if not runs_on_cpu(x):
+            return {}
+        if torch.is_grad_enabled():
+            folded = self.fold()
+        else:
+            self.fold_ahead()
+            folded = tuple(self.get_buffer(name) for name in self.constants)
+        return dict(zip(self._levels_apart, zip(folded[::2], folded[1::2], strict=True), strict=True))
+
+    def fold(self) -> tuple[Tensor, ...]:
+        """Fold upsampling into the convolutions of the levels that are computed by summands."""
+        convs = (cast("nn.Sequential", self.output_convs[level])[0] for level in self._levels_apart)
+        return tuple(folded for conv in convs for folded in fold_upsampling(cast("Tensor", conv.weight)))
+
+    def fuse(
+        self, use: Callable[[list[Tensor]], list[Tensor]], folded: Folded, y: Tensor, *fine: Tensor
+    ) -> list[Tensor]:
         """Go from y4 down through the other levels; images do not depend on each other.
 
         Args:
             use: What is done with the memory y4, y3, y2, y1. If it begins with cheap operators or a convolution, y1,
                 the largest map by far, need not be kept for the backward pass.
+            folded: What :meth:`folded` returns, or nothing to compute all levels as they are written in the paper.
             y: The encoded deepest level y4.
             fine: The inputs of the other levels, fine to coarse.
 
         Returns:
             What `use` makes of the memory.
         """
-        levels = zip(self.lateral_convs, self.output_convs, reversed(fine), strict=True)
-        *lower, last = cast("Iterable[tuple[nn.Module, nn.Sequential, Tensor]]", levels)
         memory = [y]
-        for lateral_conv, output_conv, x in lower:
-            memory.append(output_conv[1:](recompute(_fuse, lateral_conv, output_conv[0], x, memory[-1])))
-        lateral_conv, output_conv, x = last
-        fused = recompute(_fuse, lateral_conv, output_conv[0], x, memory[-1])
+        levels = zip(self.lateral_convs, self.output_convs, reversed(fine), strict=True)
+        for level, (lateral, output_conv, x) in enumerate(
+            cast("Iterable[tuple[nn.Sequential, nn.Sequential, Tensor]]", levels)
+        ):
+            if level in folded:
+                fused = _fuse_by_summands(lateral, output_conv[0], folded[level], x, memory[-1])
+            else:
+                fused = recompute(_fuse, lateral, output_conv[0], x, memory[-1])
+            if level == len(fine) - 1:
+                break
+            memory.append(output_conv[1:](fused))
         return recompute(_normalize_and_use, output_conv[1:], use, memory, fused)
 
 
-def _fuse(lateral_conv: nn.Module, conv: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def _fuse(lateral: nn.Module, conv: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     upsampled = F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
-    return conv(upsampled.add_(lateral_conv(x)))
+    return conv(upsampled.add_(lateral(x)))
+
+
+def _fuse_by_summands(
+    lateral: nn.Sequential, conv: nn.Module, folded: tuple[Tensor, Tensor], x: Tensor, y: Tensor
+) -> Tensor:
+    """Compute the same from both summands apart."""
+    projection, norm = cast("tuple[nn.Conv2d, nn.GroupNorm]", tuple(lateral))
+    scale, shift = _affine_of_norm(projection, norm, x)  # (B, D)
+    # Upsampling keeps constants, so that the shift is added where the map is small.
+    upsampled = upsampled_conv2d(y + shift[:, :, None, None], *folded)
+    kernel = conv.weight.permute(0, 2, 3, 1)  # (D, 3, 3, D)
+    matrices = scale[:, :, None] * projection.weight.flatten(1)  # (B, D, C)
+    kernels = (kernel.flatten(0, 2) @ matrices).unflatten(1, kernel.shape[:3])  # (B, D, 3, 3, C)
+    kernels = kernels.flatten(0, 1).permute(0, 3, 1, 2)
+    maps = F.conv2d(x.flatten(0, 1)[None], kernels, padding=1, groups=len(x))  # every image has its own
+    return upsampled.add_(maps.view_as(upsampled))
+
+
+def _affine_of_norm(projection: nn.Conv2d, norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scale and shift ``(B, D)`` by which a group norm acts on a 1x1 convolution of a map."""
+    with torch.autocast(x.device.type, enabled=False):
+        matrix, pixels = projection.weight.flatten(1), x.float().permute(0, 2, 3, 1).flatten(1, 2)  # (D, C), (B, N, C)
+        mean = pixels.mean(dim=1, keepdim=True)
+        centred = pixels - mean
+        covariance = centred.mT @ centred / pixels.shape[1]
+        means, variances = (mean @ matrix.T)[:, 0], ((matrix @ covariance) * matrix).sum(dim=2)  # (B, D)
+        means, variances = (moment.unflatten(1, (norm.num_groups, -1)) for moment in (means, variances))
+        group_mean = means.mean(dim=2, keepdim=True)
+        group_variance = (variances + (means - group_mean).square()).mean(dim=2, keepdim=True)
+        scale = norm.weight.view_as(means[0]) * (group_variance + norm.eps).rsqrt()
+        shift = norm.bias.view_as(means[0]) - scale * group_mean
+        return scale.flatten(1), shift.flatten(1)
 
 
 def _normalize_and_use(

@@ -2,6 +2,7 @@
 """UniAS as a plain PyTorch module."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from anomalib_uniass.components.backbone import FeaturePyramid
 from anomalib_uniass.components.feature_jitter import FeatureJitter
 from anomalib_uniass.components.gaussian_split import GaussianFrequencySplit
+from anomalib_uniass.components.linear import runs_on_cpu
 from anomalib_uniass.components.mgg_cnn import MultiGranularityGatedCNN
-from anomalib_uniass.components.recomputation import recomputes
 from anomalib_uniass.components.seeding import seeded
 from anomalib_uniass.components.standardization import FeatureStandardization
 from anomalib_uniass.components.token_grid import check_image_size, token_grid
@@ -27,7 +28,7 @@ from anomalib_uniass.models.unias.queries import GatedQueryGenerator
 Target = Literal["low_frequencies", "features"]
 
 PART_BYTES = 2**25
-"""Size of the pixel decoder's largest map above which a CPU trains on part of the batch's images at a time."""
+"""Size of the pixel decoder's largest map above which a CPU computes part of the batch's images at a time."""
 
 
 class Reconstruction(NamedTuple):
@@ -190,17 +191,16 @@ class UniASModel(nn.Module):
 
     def _embed(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return the deepest memory map ``(B, D, h, w)`` and the source tokens ``[(B, N, D)]``, coarse to fine."""
-        if not recomputes():
-            memory = self.pixel_decoder(inputs)
-            return memory[0], self.source_embedding(memory)
         *fine, deepest = inputs
         y = self.pixel_decoder.encode(deepest)
         embed = self.source_embedding.form(y[:, 0].numel())
-        count = len(y)
-        if y.is_cpu:  # in parts: caches do not hold larger maps, and the allocator fetches them from the system anew
-            count = max(1, PART_BYTES // (y.shape[1] * fine[0][0, 0].numel() * y.element_size()))
+        fuse = partial(self.pixel_decoder.fuse, embed, self.pixel_decoder.folded(y))
+        if not runs_on_cpu(y):
+            return y, fuse(y, *fine)
+        # In parts: caches do not hold larger maps, and the allocator fetches them from the system anew.
+        count = max(1, PART_BYTES // (y.shape[1] * fine[0][0, 0].numel() * y.element_size()))
         parts = zip(*(x.split(count) for x in (y, *fine)), strict=True)
-        sources = [self.pixel_decoder.fuse(embed, *part) for part in parts]
+        sources = [fuse(*part) for part in parts]
         return y, [torch.cat(level) for level in zip(*sources, strict=True)]
 
     @torch.no_grad()
