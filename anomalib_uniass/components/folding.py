@@ -6,6 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+# A folded form must save this factor of multiply-adds: it moves more memory for each of them than a convolution.
+FOLD_GAIN = 2
+
 
 class FoldingModule(nn.Module):
     """A module that keeps folded weights as constants (buffers outside the state dict) for inference.

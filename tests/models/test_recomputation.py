@@ -23,12 +23,17 @@ def finest_level() -> int:
 
 
 @pytest.fixture
-def model(finest_level: int) -> UniASModel:
+def wide() -> bool:
+    return False
+
+
+@pytest.fixture
+def model(finest_level: int, wide: bool) -> UniASModel:
     return UniASModel(
-        "resnet18",
+        "tf_efficientnet_lite0" if wide else "resnet18",
         pre_trained=False,
         image_size=(128, 128),
-        hidden_dim=32,
+        hidden_dim=256 if wide else 32,
         feedforward_dim=128,
         standardize_features=finest_level > 1,
         finest_level=finest_level,
@@ -48,7 +53,14 @@ def gradients(model: UniASModel) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("finest_level", [1, 3])
+@pytest.mark.parametrize(
+    ("finest_level", "wide"),
+    [
+        pytest.param(1, False, id="narrow"),
+        pytest.param(3, False, id="two levels"),
+        pytest.param(1, True, id="wide enough to convolve summands apart"),
+    ],
+)
 @pytest.mark.parametrize("part_bytes", [1, 2**24], ids=["image by image", "whole batch"])
 def test_losses_and_gradients_are_those_of_kept_activations(
     model: UniASModel, part_bytes: int, monkeypatch: pytest.MonkeyPatch
@@ -63,6 +75,7 @@ def test_losses_and_gradients_are_those_of_kept_activations(
         assert (recomputed[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
 def test_at_most_three_fifths_of_the_activations_are_kept(model: UniASModel) -> None:
     parameters = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_uniass.components.folding import FoldingModule
+from anomalib_uniass.components.folding import FOLD_GAIN, FoldingModule
 from anomalib_uniass.models.unias.head_folding import (
     AxisOperators,
     apply_folded,
@@ -15,9 +15,6 @@ from anomalib_uniass.models.unias.head_folding import (
     folding_cost,
     plain_cost,
 )
-
-# The folded form must save this factor of multiply-adds: it moves more memory for each of them than a convolution.
-FOLD_GAIN = 2
 
 
 class ReconstructionHead(FoldingModule):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_uniass.components.folding import FoldingModule
+from anomalib_uniass.components.folding import FOLD_GAIN, FoldingModule
 from anomalib_uniass.components.linear import runs_on_cpu
 from anomalib_uniass.components.position_encoding import sine_position_encoding_2d
 from anomalib_uniass.components.recomputation import recompute
@@ -16,9 +16,6 @@ from anomalib_uniass.components.transformer import EncoderLayer
 from anomalib_uniass.components.upsampled_conv import fold_upsampling, upsampled_conv2d
 
 NORM_GROUPS = 32
-
-# What both summands of a level cost apart must be less than their sum's multiply-adds by this factor, as in heads.py.
-FOLD_GAIN = 2
 
 Folded = Mapping[int, tuple[Tensor, Tensor]]
 """Weights of :func:`~anomalib_uniass.components.upsampled_conv.fold_upsampling` by the fine level, coarse to fine."""
@@ -55,12 +52,13 @@ class FPNPixelDecoder(FoldingModule):
         dropout: float = 0.1,
     ) -> None:
         *fine, deepest = in_channels
-        self._levels_apart = [
+        levels_apart = [
             level
             for level, channels in enumerate(reversed(fine))
             if FOLD_GAIN * (hidden_dim / 4 + channels) < hidden_dim  # times 9 D for every pixel of the level
         ]
-        super().__init__([f"folded_{kind}_{level}" for level in self._levels_apart for kind in ("weight", "borders")])
+        super().__init__([f"folded_{kind}_{level}" for level in levels_apart for kind in ("weight", "borders")])
+        self._levels_apart = levels_apart
         self.input_proj = nn.Conv2d(deepest, hidden_dim, kernel_size=1)
         self.encoder = nn.ModuleList(
             EncoderLayer(hidden_dim, heads=heads, feedforward_dim=feedforward_dim, dropout=dropout)
@@ -113,7 +111,8 @@ class FPNPixelDecoder(FoldingModule):
         else:
             self.fold_ahead()
             folded = tuple(self.get_buffer(name) for name in self.constants)
-        return dict(zip(self._levels_apart, zip(folded[::2], folded[1::2], strict=True), strict=True))
+        weights_and_borders = zip(folded[::2], folded[1::2], strict=True)
+        return dict(zip(self._levels_apart, weights_and_borders, strict=True))
 
     def fold(self) -> tuple[Tensor, ...]:
         """Fold upsampling into the convolutions of the levels that are computed by summands."""
@@ -141,7 +140,7 @@ class FPNPixelDecoder(FoldingModule):
             cast("Iterable[tuple[nn.Sequential, nn.Sequential, Tensor]]", levels)
         ):
             if level in folded:
-                fused = _fuse_by_summands(lateral, output_conv[0], folded[level], x, memory[-1])
+                fused = _fuse_by_summands(lateral, cast("nn.Conv2d", output_conv[0]), folded[level], x, memory[-1])
             else:
                 fused = recompute(_fuse, lateral, output_conv[0], x, memory[-1])
             if level == len(fine) - 1:
@@ -156,35 +155,43 @@ def _fuse(lateral: nn.Module, conv: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _fuse_by_summands(
-    lateral: nn.Sequential, conv: nn.Module, folded: tuple[Tensor, Tensor], x: Tensor, y: Tensor
+    lateral: nn.Sequential, conv: nn.Conv2d, folded: tuple[Tensor, Tensor], x: Tensor, y: Tensor
 ) -> Tensor:
-    """Compute the same from both summands apart."""
+    """Compute the same, the convolution of either summand by itself."""
     projection, norm = cast("tuple[nn.Conv2d, nn.GroupNorm]", tuple(lateral))
-    scale, shift = _affine_of_norm(projection, norm, x)  # (B, D)
-    # Upsampling keeps constants, so that the shift is added where the map is small.
-    upsampled = upsampled_conv2d(y + shift[:, :, None, None], *folded)
-    kernel = conv.weight.permute(0, 2, 3, 1)  # (D, 3, 3, D)
-    matrices = scale[:, :, None] * projection.weight.flatten(1)  # (B, D, C)
+    scale, shift = affine_of_norm(projection, norm, x)
+    # Upsampling keeps constants: the shift is added where the map is small.
+    upsampled = upsampled_conv2d(y + shift[..., None, None], *folded)
+    matrices = scale[..., None] * projection.weight.flatten(1)  # (B, D, C): every image has its own
+    kernel = conv.weight.permute(0, 2, 3, 1)  # (D, 3, 3, D), as it lies in memory
     kernels = (kernel.flatten(0, 2) @ matrices).unflatten(1, kernel.shape[:3])  # (B, D, 3, 3, C)
-    kernels = kernels.flatten(0, 1).permute(0, 3, 1, 2)
-    maps = F.conv2d(x.flatten(0, 1)[None], kernels, padding=1, groups=len(x))  # every image has its own
+    maps = F.conv2d(x.flatten(0, 1)[None], kernels.flatten(0, 1).permute(0, 3, 1, 2), padding=1, groups=len(x))
     return upsampled.add_(maps.view_as(upsampled))
 
 
-def _affine_of_norm(projection: nn.Conv2d, norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scale and shift ``(B, D)`` by which a group norm acts on a 1x1 convolution of a map."""
+def affine_of_norm(projection: nn.Conv2d, norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how a group norm acts on a projected map, from mean and covariance of the map alone.
+
+    Args:
+        projection: 1x1 convolution without bias, C to D channels.
+        norm: Group norm of its output.
+        x: Map ``(B, C, H, W)``.
+
+    Returns:
+        Scale and shift ``(B, D)`` in full precision: ``norm(projection(x)) = scale * projection(x) + shift``.
+    """
     with torch.autocast(x.device.type, enabled=False):
         matrix, pixels = projection.weight.flatten(1), x.float().permute(0, 2, 3, 1).flatten(1, 2)  # (D, C), (B, N, C)
         mean = pixels.mean(dim=1, keepdim=True)
         centred = pixels - mean
         covariance = centred.mT @ centred / pixels.shape[1]
-        means, variances = (mean @ matrix.T)[:, 0], ((matrix @ covariance) * matrix).sum(dim=2)  # (B, D)
-        means, variances = (moment.unflatten(1, (norm.num_groups, -1)) for moment in (means, variances))
+        moments = ((mean @ matrix.T)[:, 0], ((matrix @ covariance) * matrix).sum(dim=2))  # of the channels, (B, D)
+        means, variances = (moment.unflatten(1, (norm.num_groups, -1)) for moment in moments)
         group_mean = means.mean(dim=2, keepdim=True)
         group_variance = (variances + (means - group_mean).square()).mean(dim=2, keepdim=True)
-        scale = norm.weight.view_as(means[0]) * (group_variance + norm.eps).rsqrt()
-        shift = norm.bias.view_as(means[0]) - scale * group_mean
-        return scale.flatten(1), shift.flatten(1)
+        weight, bias = (parameter.unflatten(0, (norm.num_groups, -1)) for parameter in (norm.weight, norm.bias))
+        scale = weight * (group_variance + norm.eps).rsqrt()
+        return scale.flatten(1), (bias - scale * group_mean).flatten(1)
 
 
 def _normalize_and_use(
