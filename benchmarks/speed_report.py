@@ -21,8 +21,8 @@ FORMS_MEAN = (
     f"`{PLAIN}` is the model as the paper writes it, in PyTorch's own layers and layout: heads and source embedding "
     "as separate convolutions, those of the pixel decoder on the sum of upsampled and lateral map, "
     "`nn.MultiheadAttention`, `nn.Linear`, `nn.Dropout`, contiguous (NCHW) maps, every activation kept for the "
-    f"backward pass. `{FOLDED}` is the model as the package runs it. `{UNFOLDED}` lies between: the package without folded "
-    "weights and without activations that are computed again."
+    f"backward pass. `{FOLDED}` is the model as the package runs it. `{UNFOLDED}` lies between: the package without "
+    "folded weights and without activations that are computed again."
 )
 BFLOAT16 = "UniAS folded, bfloat16 autocast"
 SUMMARY = {
