@@ -82,9 +82,8 @@ def unias(setup: Setup, form: str = FOLDED, *, size: int | None = None) -> UniAS
     )
     nn.init.constant_(model.model.norm.bias, 1e-3)  # an initial one is refused by the export, for want of training
     if form in (PLAIN, UNFOLDED):
-        for head in model.model.heads:
-            head.forward = head.plain  # type: ignore[assignment]
-        model.model.source_embedding.form = lambda _: model.model.source_embedding.plain  # type: ignore[method-assign]
+        for part in (*model.model.heads, model.model.source_embedding):
+            part.forward = part.plain  # type: ignore[assignment]
         model.model.pixel_decoder.folded = lambda _: {}  # type: ignore[method-assign]
     if form == PLAIN:
         use_pytorch_layers(model.model)

@@ -2,7 +2,6 @@
 """UniAS as a plain PyTorch module."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,6 +14,7 @@ from anomalib_uniass.components.feature_jitter import FeatureJitter
 from anomalib_uniass.components.gaussian_split import GaussianFrequencySplit
 from anomalib_uniass.components.linear import runs_on_cpu
 from anomalib_uniass.components.mgg_cnn import MultiGranularityGatedCNN
+from anomalib_uniass.components.recomputation import recomputes
 from anomalib_uniass.components.seeding import seeded
 from anomalib_uniass.components.standardization import FeatureStandardization
 from anomalib_uniass.components.token_grid import check_image_size, token_grid
@@ -28,7 +28,10 @@ from anomalib_uniass.models.unias.queries import GatedQueryGenerator
 Target = Literal["low_frequencies", "features"]
 
 PART_BYTES = 2**25
-"""Size of the pixel decoder's largest map above which a CPU computes part of the batch's images at a time."""
+"""Size of the pixel decoder's largest map above which a CPU computes it for part of the batch's images at a time.
+
+Caches do not hold larger maps, and the allocator fetches them from the system anew.
+"""
 
 
 class Reconstruction(NamedTuple):
@@ -191,17 +194,27 @@ class UniASModel(nn.Module):
 
     def _embed(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return the deepest memory map ``(B, D, h, w)`` and the source tokens ``[(B, N, D)]``, coarse to fine."""
-        *fine, deepest = inputs
-        y = self.pixel_decoder.encode(deepest)
-        embed = self.source_embedding.form(y[:, 0].numel())
-        fuse = partial(self.pixel_decoder.fuse, embed, self.pixel_decoder.folded(y))
-        if not runs_on_cpu(y):
-            return y, fuse(y, *fine)
-        # In parts: caches do not hold larger maps, and the allocator fetches them from the system anew.
-        count = max(1, PART_BYTES // (y.shape[1] * fine[0][0, 0].numel() * y.element_size()))
-        parts = zip(*(x.split(count) for x in (y, *fine)), strict=True)
-        sources = [fuse(*part) for part in parts]
-        return y, [torch.cat(level) for level in zip(*sources, strict=True)]
+        embedded = []
+        if recomputes():
+            *fine, deepest = inputs
+            y = self.pixel_decoder.encode(deepest)
+            embed, folded = self.source_embedding.form(y[:, 0].numel()), self.pixel_decoder.folded(y)
+            for *fine_part, y_part in self._parts([*fine, y]):
+                embedded.append([y_part, *self.pixel_decoder.fuse(embed, folded, y_part, *fine_part)])
+        else:
+            for part in self._parts(inputs):
+                memory = self.pixel_decoder(part)
+                embedded.append([memory[0], *self.source_embedding(memory)])
+        deepest, *sources = [torch.cat(level) for level in zip(*embedded, strict=True)]
+        return deepest, sources
+
+    def _parts(self, maps: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Split a batch into parts of some images each, the finest level's map first."""
+        finest, keeps_activations = maps[0], torch.is_grad_enabled() and not recomputes()
+        if keeps_activations or not runs_on_cpu(finest):
+            return [tuple(maps)]
+        image_bytes = self.norm.normalized_shape[0] * finest[0, 0].numel() * finest.element_size()
+        return list(zip(*(x.split(max(1, PART_BYTES // image_bytes)) for x in maps), strict=True))
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> InferenceBatch:
