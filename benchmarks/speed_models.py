@@ -123,12 +123,12 @@ def predictor(model: AnomalibModule, autocast: torch.dtype | None = None) -> Pre
 
 
 def compiled(setup: Setup) -> Predict:
-    """Return inference with the compiled model, its weights frozen; compiled anew for every batch size."""
+    """Return inference with the compiled model, compiled anew for every batch size."""
     if not setup.use_compile:
         msg = "takes minutes to compile; pass --compile"
         raise RuntimeError(msg)
     model = unias(setup)
-    model.model.compile(dynamic=False, options={"freezing": True})
+    model.model.compile(dynamic=False)
     return predictor(model)
 
 

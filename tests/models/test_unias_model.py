@@ -9,10 +9,11 @@ import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
+from torch._inductor import config as inductor_config
 from torchvision.transforms.v2 import Resize
 
 from anomalib_uniass import UniAS, Unified, load_official_checkpoint
-from anomalib_uniass.models.unias import official
+from anomalib_uniass.models.unias import official, torch_model
 from anomalib_uniass.models.unias.anomaly_map import image_score
 from anomalib_uniass.models.unias.loss import ReconstructionLoss
 from anomalib_uniass.models.unias.torch_model import UniASModel
@@ -53,6 +54,20 @@ def test_map_and_score_have_the_size_of_the_input(image_size: tuple[int, int], c
     assert output.pred_score.shape == (2,)
     torch.testing.assert_close(output.pred_score, output.anomaly_map.std(dim=(1, 2, 3)))
     assert not output.anomaly_map.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_model_gives_the_same_map(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The eager map is made image by image, with linear layers by convolution and with summands convolved apart."""
+    monkeypatch.setattr(torch_model, "PART_BYTES", 1)
+    model = UniASModel(**{**TINY, "backbone": "tf_efficientnet_lite0", "hidden_dim": 256}).eval()
+    image = torch.randn(2, 3, 128, 128)
+    expected = model(image)
+    model.compile(backend=backend, dynamic=False)
+    with torch.no_grad(), inductor_config.patch(freezing=True):
+        output = model(image)
+    assert (output.anomaly_map - expected.anomaly_map).abs().max() / expected.anomaly_map.max() < 1e-4
+    torch.testing.assert_close(output.pred_score, expected.pred_score, rtol=1e-4, atol=0)
 
 
 def test_image_scores_by_hand() -> None:
