@@ -68,6 +68,17 @@ def test_group_norm_from_mean_and_covariance() -> None:
         assert torch.equal(affine_of_norm(projection, norm, x)[0], scale)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float64, 1e-12)])
+def test_models_of_another_precision(dtype: torch.dtype, tolerance: float) -> None:
+    decoder, inputs = make_decoder()
+    decoder, inputs = decoder.to(dtype).eval(), [x.to(dtype) for x in inputs]
+    with torch.no_grad():
+        plain, apart = fuse(decoder, inputs, plain=True), fuse(decoder, inputs, plain=False)
+    for a, b in zip(plain, apart, strict=True):
+        assert b.dtype == dtype
+        assert (a - b).norm() < tolerance * a.norm()
+
+
 def test_inference_uses_constants_that_follow_the_parameters() -> None:
     decoder, inputs = make_decoder()
     assert not any(name.startswith("folded") for name in decoder.state_dict())

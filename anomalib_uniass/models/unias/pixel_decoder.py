@@ -161,8 +161,9 @@ def _fuse_by_summands(
     projection, norm = cast("tuple[nn.Conv2d, nn.GroupNorm]", tuple(lateral))
     scale, shift = affine_of_norm(projection, norm, x)
     # Upsampling keeps constants: the shift is added where the map is small.
-    upsampled = upsampled_conv2d(y + shift[..., None, None], *folded)
-    matrices = scale[..., None] * projection.weight.flatten(1)  # (B, D, C): every image has its own
+    upsampled = upsampled_conv2d(y + shift.to(y.dtype)[..., None, None], *folded)
+    matrix = projection.weight.flatten(1)
+    matrices = scale.to(matrix.dtype)[..., None] * matrix  # (B, D, C): every image has its own
     kernel = conv.weight.permute(0, 2, 3, 1)  # (D, 3, 3, D), as it lies in memory
     kernels = (kernel.flatten(0, 2) @ matrices).unflatten(1, kernel.shape[:3])  # (B, D, 3, 3, C)
     maps = F.conv2d(x.flatten(0, 1)[None], kernels.flatten(0, 1).permute(0, 3, 1, 2), padding=1, groups=len(x))
@@ -178,10 +179,13 @@ def affine_of_norm(projection: nn.Conv2d, norm: nn.GroupNorm, x: Tensor) -> tupl
         x: Map ``(B, C, H, W)``.
 
     Returns:
-        Scale and shift ``(B, D)`` in full precision: ``norm(projection(x)) = scale * projection(x) + shift``.
+        Scale and shift ``(B, D)``, in single precision at least:
+        ``norm(projection(x)) = scale * projection(x) + shift``.
     """
+    precise = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        matrix, pixels = projection.weight.flatten(1), x.float().permute(0, 2, 3, 1).flatten(1, 2)  # (D, C), (B, N, C)
+        matrix, weight, bias = (p.to(precise) for p in (projection.weight.flatten(1), norm.weight, norm.bias))
+        pixels = x.to(precise).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, C)
         mean = pixels.mean(dim=1, keepdim=True)
         centred = pixels - mean
         covariance = centred.mT @ centred / pixels.shape[1]
@@ -189,9 +193,9 @@ def affine_of_norm(projection: nn.Conv2d, norm: nn.GroupNorm, x: Tensor) -> tupl
         means, variances = (moment.unflatten(1, (norm.num_groups, -1)) for moment in moments)
         group_mean = means.mean(dim=2, keepdim=True)
         group_variance = (variances + (means - group_mean).square()).mean(dim=2, keepdim=True)
-        weight, bias = (parameter.unflatten(0, (norm.num_groups, -1)) for parameter in (norm.weight, norm.bias))
-        scale = weight * (group_variance + norm.eps).rsqrt()
-        return scale.flatten(1), (bias - scale * group_mean).flatten(1)
+        scale = weight.view_as(means[0]) * (group_variance + norm.eps).rsqrt()
+        shift = bias.view_as(means[0]) - scale * group_mean
+        return scale.flatten(1), shift.flatten(1)
 
 
 def _normalize_and_use(
