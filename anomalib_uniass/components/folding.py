@@ -47,6 +47,11 @@ class FoldingModule(nn.Module):
                     setattr(self, name, tensor)
             self._folded_version = version
 
+    def folded_ahead(self) -> tuple[Tensor, ...]:
+        """Return the constants, up to date with the state dict."""
+        self.fold_ahead()
+        return tuple(self.get_buffer(name) for name in self.constants)
+
     def train(self, mode: bool = True) -> "FoldingModule":
         """Switch mode; evaluation folds ahead."""
         super().train(mode)

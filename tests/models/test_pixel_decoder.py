@@ -23,9 +23,9 @@ def make_decoder(channels: tuple[int, ...] = CHANNELS, width: int = 64) -> tuple
     return decoder, [torch.randn(2, c, *size) + 1 for c, size in zip(channels, sizes, strict=True)]
 
 
-def fuse(decoder: FPNPixelDecoder, inputs: list[Tensor], *, plain: bool) -> list[Tensor]:
+def compute_plain(decoder: FPNPixelDecoder, inputs: list[Tensor]) -> list[Tensor]:
     *fine, deepest = inputs
-    return decoder.fuse(list, {} if plain else decoder.folded(deepest), decoder.encode(deepest), *fine)
+    return decoder.fuse(list, {}, decoder.encode(deepest), *fine)
 
 
 @pytest.mark.parametrize("size", [(7, 4), (1, 3)])
@@ -46,7 +46,7 @@ def test_convolution_of_an_upsampled_map(size: tuple[int, int]) -> None:
 def test_summands_equal_the_sum_in_values_and_gradients() -> None:
     decoder, inputs = make_decoder()
     assert decoder.folded(inputs[0]).keys() == {1, 2}  # counted from the coarsest of the fine levels
-    plain, apart = fuse(decoder, inputs, plain=True), fuse(decoder, inputs, plain=False)
+    plain, apart = compute_plain(decoder, inputs), decoder(inputs)
     for a, b in zip(plain, apart, strict=True):
         assert (a - b).abs().max() / a.abs().max() < 1e-5
     weights = [torch.randn_like(a) for a in plain]
@@ -73,7 +73,7 @@ def test_models_of_another_precision(dtype: torch.dtype, tolerance: float) -> No
     decoder, inputs = make_decoder()
     decoder, inputs = decoder.to(dtype).eval(), [x.to(dtype) for x in inputs]
     with torch.no_grad():
-        plain, apart = fuse(decoder, inputs, plain=True), fuse(decoder, inputs, plain=False)
+        plain, apart = compute_plain(decoder, inputs), decoder(inputs)
     for a, b in zip(plain, apart, strict=True):
         assert b.dtype == dtype
         assert (a - b).norm() < tolerance * a.norm()
@@ -86,7 +86,7 @@ def test_inference_uses_constants_that_follow_the_parameters() -> None:
     assert decoder.folded_weight_2.shape == (64, 64, 3, 3)
     with torch.no_grad():
         decoder.output_convs[2][0].weight[:, 3:] *= 2  # in place, without any call that announces it
-        for a, b in zip(decoder(inputs), fuse(decoder, inputs, plain=True), strict=True):
+        for a, b in zip(decoder(inputs), compute_plain(decoder, inputs), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 

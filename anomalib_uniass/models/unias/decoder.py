@@ -54,8 +54,7 @@ class SourceEmbedding(FoldingModule):
             positions: Tokens of the whole batch and a level; in training they share the cost of folding.
         """
         if not torch.is_grad_enabled():
-            self.fold_ahead()
-            return partial(self.folded, folded=[self.get_buffer(name) for name in self.constants])
+            return partial(self.folded, folded=self.folded_ahead())
         return partial(self.folded, folded=self.fold()) if positions > self._break_even else self.plain
 
     def plain(self, memory: Sequence[Tensor]) -> list[Tensor]:

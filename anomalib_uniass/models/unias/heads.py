@@ -56,8 +56,7 @@ class ReconstructionHead(FoldingModule):
             if FOLD_GAIN * (self._folding_cost + images * self._folded_cost) < images * self._plain_cost:
                 return self.folded(x, *self.fold())
         elif self.folds_ahead:
-            self.fold_ahead()
-            return self.folded(x, self.folded_weight, self.folded_bias)
+            return self.folded(x, *self.folded_ahead())
         return self.plain(x)
 
     def plain(self, x: Tensor) -> Tensor:

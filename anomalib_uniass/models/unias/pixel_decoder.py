@@ -59,6 +59,7 @@ class FPNPixelDecoder(FoldingModule):
         ]
         super().__init__([f"folded_{kind}_{level}" for level in levels_apart for kind in ("weight", "borders")])
         self._levels_apart = levels_apart
+        self.folds_ahead = bool(levels_apart)
         self.input_proj = nn.Conv2d(deepest, hidden_dim, kernel_size=1)
         self.encoder = nn.ModuleList(
             EncoderLayer(hidden_dim, heads=heads, feedforward_dim=feedforward_dim, dropout=dropout)
@@ -106,11 +107,7 @@ class FPNPixelDecoder(FoldingModule):
         """Return the folded weights of the levels that are computed by summands on the device of a tensor."""
         if not runs_on_cpu(x):
             return {}
-        if torch.is_grad_enabled():
-            folded = self.fold()
-        else:
-            self.fold_ahead()
-            folded = tuple(self.get_buffer(name) for name in self.constants)
+        folded = self.fold() if torch.is_grad_enabled() else self.folded_ahead()
         weights_and_borders = zip(folded[::2], folded[1::2], strict=True)
         return dict(zip(self._levels_apart, weights_and_borders, strict=True))
 
