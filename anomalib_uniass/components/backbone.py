@@ -2,17 +2,17 @@
 """Frozen feature pyramid: four taps of an ImageNet network at strides 2, 4, 8 and 16."""
 
 import difflib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.layers.conv2d_same import Conv2dSame
 from timm.models.efficientnet import EfficientNetFeatures
 from torch import Tensor, nn
 
 from anomalib_uniass.components.backbone_weights import load_backbone_weights
+from anomalib_uniass.components.batch_norm_folding import find_normed_convs, fold_batch_norms
+from anomalib_uniass.components.static_padding import freeze_padding
 
 STRIDES = (2, 4, 8, 16)
 
@@ -36,6 +36,8 @@ class FeaturePyramid(nn.Module):
         channels: Channels of the returned taps, fine to coarse.
         mean: Normalisation mean of the network's training images, RGB in [0, 1].
         std: Normalisation standard deviation, likewise.
+        normed_convs: Names of the convolutions that are computed together with the batch norm behind them, and of the
+            latter (see :mod:`~anomalib_uniass.components.batch_norm_folding`).
 
     Raises:
         ValueError: If timm does not know the backbone, it lacks one of the strides, or there is no such level.
@@ -73,14 +75,23 @@ class FeaturePyramid(nn.Module):
         config = network.pretrained_cfg
         self.mean: tuple[float, ...] = tuple(config["mean"])
         self.std: tuple[float, ...] = tuple(config["std"])
-        _freeze_padding(network, native_size=config["input_size"][-2:])
-        self.network: nn.Module = network.requires_grad_(False)
+        freeze_padding(network, native_size=config["input_size"][-2:])
+        self.network: nn.Module = network.requires_grad_(False).eval()
+        self.normed_convs = find_normed_convs(network, torch.zeros(1, 3, 64, 64))
+        self.register_load_state_dict_post_hook(FeaturePyramid._fold)
         self.eval()
 
     def train(self, mode: bool = True) -> "FeaturePyramid":
         """Stay in eval mode: batch-norm statistics of the backbone never move."""
         del mode
-        return super().train(False)
+        super().train(False)
+        self._fold()
+        return self
+
+    def _fold(self, *_: object) -> None:
+        """Fold the batch norms, of weights that have been loaded or, at most, changed before the mode is set."""
+        if self.normed_convs:
+            self.folded_network = fold_batch_norms(self.network, self.normed_convs)
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -92,7 +103,8 @@ class FeaturePyramid(nn.Module):
         Returns:
             Features from the finest level on, fine to coarse.
         """
-        return list(self.network(image))[self.finest_level - 1 :]
+        network = self.folded_network if self.normed_convs else self.network
+        return list(network(image))[self.finest_level - 1 :]
 
 
 def _create_network(backbone: str, *, pre_trained: bool) -> Any:
@@ -115,66 +127,3 @@ def _create_network(backbone: str, *, pre_trained: bool) -> Any:
         # It builds every stage; what lies behind the last tap is never used.
         network.blocks = network.blocks[: max(network._stage_out_idx)]
     return network
-
-
-def _freeze_padding(network: nn.Module, *, native_size: Sequence[int]) -> None:
-    """Replace dynamic SAME padding by its value at the network's native resolution, in place."""
-    dynamic = {name: module for name, module in network.named_modules() if isinstance(module, Conv2dSame)}
-    if not dynamic:
-        return
-    sizes: dict[nn.Module, tuple[int, int]] = {}
-
-    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        sizes[module] = (inputs[0].shape[-2], inputs[0].shape[-1])
-
-    hooks = [module.register_forward_pre_hook(record) for module in dynamic.values()]
-    with torch.no_grad():
-        network.eval()(torch.zeros(1, 3, *native_size))
-    for hook in hooks:
-        hook.remove()
-    for name, module in dynamic.items():
-        parent, _, attribute = name.rpartition(".")
-        setattr(network.get_submodule(parent), attribute, StaticSameConv2d(module, input_size=sizes[module]))
-
-
-class StaticSameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's SAME padding fixed for one input size: ``(B, C, H, W) -> (B, C', H / s, W / s)``.
-
-    Args:
-        conv: The convolution to take parameters and geometry from.
-        input_size: Height and width whose SAME padding is applied to inputs of every size.
-    """
-
-    def __init__(self, conv: nn.Conv2d, *, input_size: tuple[int, int]) -> None:
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            dilation=conv.dilation,  # type: ignore[arg-type]
-            groups=conv.groups,
-            bias=conv.bias is not None,
-            device="meta",
-        )
-        self.weight, self.bias = conv.weight, conv.bias
-        (top, bottom), (left, right) = (
-            _same_padding(size, kernel=k, stride=s, dilation=d)
-            for size, k, s, d in zip(input_size, conv.kernel_size, conv.stride, conv.dilation, strict=True)
-        )
-        if (top, left) == (bottom, right):
-            self.padding = (top, left)  # symmetric: the convolution pads by itself
-            self.explicit_padding = (0, 0, 0, 0)
-        else:
-            self.explicit_padding = (left, right, top, bottom)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Pad and convolve ``(B, C, H, W)``."""
-        if any(self.explicit_padding):
-            input = nn.functional.pad(input, self.explicit_padding)
-        return super().forward(input)
-
-
-def _same_padding(size: int, *, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
-    """Return (before, after) of TensorFlow's SAME padding along one axis."""
-    total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
-    return total // 2, total - total // 2

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from scipy.ndimage import gaussian_filter
+from torch import nn
 
 from anomalib_uniass.components.backbone import FeaturePyramid
 from anomalib_uniass.components.backbone_weights import resolve_weights
@@ -94,13 +95,36 @@ def test_pyramid_gives_strides_2_4_8_16_and_stays_frozen(backbone: str) -> None:
     assert not any(feature.requires_grad for feature in features)
 
 
+@pytest.mark.parametrize("backbone", ["resnet18", "tf_efficientnet_b4", "mobilenetv3_small_100", "resnet50_gn"])
+def test_batch_norms_are_folded_from_the_weights_at_hand(backbone: str) -> None:
+    torch.manual_seed(0)
+    pyramid, other = (FeaturePyramid(backbone, pre_trained=False) for _ in range(2))
+    norms = [module for module in other.network.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert sorted(pyramid.normed_convs.values()) == sorted(
+        name for name, module in pyramid.network.named_modules() if isinstance(module, nn.BatchNorm2d)
+    )
+    for norm in norms:
+        for tensor in (norm.running_mean, norm.bias.data):
+            tensor.normal_(std=0.3)
+        for tensor in (norm.running_var, norm.weight.data):
+            tensor.uniform_(0.5, 2)
+    x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    expected = other.double().network(x)
+    for folded in (other.eval(), pyramid.double()):
+        folded.load_state_dict(other.state_dict())
+        for ours, theirs in zip(folded(x), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9 * theirs.abs().max().item())
+    assert all(key.startswith("network.") for key in other.state_dict())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in getattr(other, "folded_network", nn.Identity()).modules())
+
+
 def test_static_padding_equals_timm_at_the_native_resolution() -> None:
     torch.manual_seed(0)
     pyramid = FeaturePyramid("tf_efficientnet_lite0", pre_trained=False)
     reference = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(0, 1, 2, 3)).eval()
     reference.load_state_dict(pyramid.network.state_dict(), strict=False)
-    x = torch.randn(1, 3, 224, 224)
-    torch.testing.assert_close(pyramid(x), reference(x))
+    x = torch.randn(1, 3, 224, 224, dtype=torch.float64)
+    torch.testing.assert_close(pyramid.double().eval()(x), reference.double()(x))
 
 
 def test_pip_package_loads_imagenet_weights() -> None:

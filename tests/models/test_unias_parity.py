@@ -131,7 +131,7 @@ def test_backbone_with_static_padding() -> None:
     state_dict = reference_state_dict("backbone_b4")
     renamed = match_by_order(state_dict, backbone="tf_efficientnet_b4", source="fixture")
     pyramid = FeaturePyramid("tf_efficientnet_b4", pre_trained=False)
-    pyramid.network.load_state_dict({key: renamed[key] for key in pyramid.network.state_dict()})
+    pyramid.load_state_dict({f"network.{key}": renamed[key] for key in pyramid.network.state_dict()})
     assert pyramid.channels == CHANNELS
     meta = json.loads((PARITY / "backbone_b4.json").read_text())
     features = pyramid(random_array((1, 3, 224, 224), meta["seed"] + 7))
