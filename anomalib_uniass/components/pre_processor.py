@@ -8,6 +8,8 @@ from anomalib.pre_processing import PreProcessor
 from torch import Tensor
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from anomalib_uniass.components.execution import runs_eagerly
+
 
 class AntialiasedPreProcessor(PreProcessor):
     """Antialiased bilinear resize and normalisation, exported as they are: ``(B, 3, H, W) -> (B, 3, h, w)``.
@@ -40,6 +42,8 @@ class AntialiasedPreProcessor(PreProcessor):
 
 def antialiased_resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize ``(B, C, H, W)`` bilinearly with antialiasing, as torchvision does, by matrix products alone."""
+    if runs_eagerly() and tuple(x.shape[-2:]) == tuple(size):
+        return x
     rows = _triangle_filter(x[0, 0, :, 0], size[0])
     columns = _triangle_filter(x[0, 0, 0, :], size[1])
     return rows @ x @ columns.T

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Post-norm transformer layers, each a residual step of its own."""
 
+from itertools import groupby
+
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass.components.dropout import Dropout
-from anomalib_uniass.components.linear import linear, runs_on_cpu
+from anomalib_uniass.components.execution import runs_on_cpu
+from anomalib_uniass.components.linear import linear
 from anomalib_uniass.components.recomputation import recompute
 
 
@@ -53,10 +56,9 @@ class AttentionLayer(nn.Module):
         attention = self.attention
         if not runs_on_cpu(query):
             return attention(query, key, value, attn_mask=mask, need_weights=False)[0]
-        projections = zip(attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True)
         q, k, v = (
-            linear(x, weight, bias).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)  # (B, heads, N, d)
-            for x, (weight, bias) in zip((query, key, value), projections, strict=True)
+            x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+            for x in self._project(query, key, value)
         )
         if self.training:  # PyTorch has no fused kernel with dropout on a CPU
             scores = q * q.shape[-1] ** -0.5 @ k.mT
@@ -65,6 +67,16 @@ class AttentionLayer(nn.Module):
         else:
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else ~mask)
         return linear(attended.transpose(1, 2).flatten(2), attention.out_proj.weight, attention.out_proj.bias)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Project query, key and value, neighbours that are the same tensor at once."""
+        weight, bias = self.attention.in_proj_weight, self.attention.in_proj_bias
+        first, projected = 0, list[Tensor]()
+        for _, group in groupby((query, key, value), key=id):
+            inputs = list(group)
+            rows = slice(first, first := first + len(inputs) * self.attention.embed_dim)
+            projected += linear(inputs[0], weight[rows], bias[rows]).chunk(len(inputs), dim=2)
+        return projected
 
 
 class FeedForwardLayer(nn.Module):

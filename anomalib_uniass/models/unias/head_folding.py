@@ -82,13 +82,15 @@ def fold_biases(
 ) -> Tensor:
     """Return what the biases ``(M,), (M,), (C,)`` add to the output: ``(C, S, T)``.
 
-    The inner biases pass through the zero borders of the convolutions behind them.
+    The inner biases pass through the zero borders of the convolutions behind them. In memory the channels come last, as
+    in the features, to which cosines compare the result.
     """
     _, second, third = weights
     outer = _compose_outer(second, third).permute(0, 1, 2, 4, 3, 5)  # (C, M, by, cy, bx, cx)
     pair = torch.einsum("ompq,m->opq", outer.flatten(4).flatten(2, 3), biases[0])  # (C, 9, 9)
     single = torch.einsum("omyx,m->oyx", third, biases[1])  # (C, 3, 3)
-    return rows.pair_ones.T @ pair @ columns.pair_ones + rows.ones.T @ single @ columns.ones + biases[2][:, None, None]
+    maps = rows.pair_ones.T @ pair @ columns.pair_ones + rows.ones.T @ single @ columns.ones + biases[2][:, None, None]
+    return maps.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def apply_folded(x: Tensor, weight: Tensor, bias: Tensor, *, rows: Tensor, columns: Tensor) -> Tensor:
@@ -104,7 +106,8 @@ def apply_folded(x: Tensor, weight: Tensor, bias: Tensor, *, rows: Tensor, colum
     (g, _, n), (h, _, m) = rows.shape, columns.shape
     grouped = F.conv2d(x, weight).view(-1, len(bias), g, h, n, m)
     by_row = grouped.transpose(3, 4).reshape(-1, len(bias), g * n, h * m)
-    return rows.transpose(0, 1).flatten(1) @ (by_row @ columns.transpose(1, 2).flatten(0, 1)) + bias
+    maps = rows.transpose(0, 1).flatten(1) @ (by_row @ columns.transpose(1, 2).flatten(0, 1))
+    return bias + maps  # in the layout of the bias
 
 
 def plain_cost(in_channels: int, out_channels: int, rows: AxisOperators, columns: AxisOperators) -> int:

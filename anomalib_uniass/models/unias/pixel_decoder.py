@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_uniass.components.execution import runs_on_cpu
 from anomalib_uniass.components.folding import FOLD_GAIN, FoldingModule
-from anomalib_uniass.components.linear import runs_on_cpu
 from anomalib_uniass.components.position_encoding import sine_position_encoding_2d
 from anomalib_uniass.components.recomputation import recompute
 from anomalib_uniass.components.transformer import EncoderLayer
@@ -27,7 +27,7 @@ class FPNPixelDecoder(FoldingModule):
     The 3x3 convolution of a level acts on the sum of the upsampled level below and a lateral map. Both are linear but
     for the lateral map's group norm, which is affine once its statistics are known, and these follow from mean and
     covariance of the level's input. On a CPU the convolution is therefore computed of either summand by itself wherever
-    this takes less than half of the multiply-adds: of the lower level before it is upsampled, of the input before it is
+    this takes at most half of the multiply-adds: of the lower level before it is upsampled, of the input before it is
     projected to D channels.
 
     Args:
@@ -55,7 +55,7 @@ class FPNPixelDecoder(FoldingModule):
         levels_apart = [
             level
             for level, channels in enumerate(reversed(fine))
-            if FOLD_GAIN * (hidden_dim / 4 + channels) < hidden_dim  # times 9 D for every pixel of the level
+            if FOLD_GAIN * (hidden_dim / 4 + channels) <= hidden_dim  # times 9 D for every pixel of the level
         ]
         super().__init__([f"folded_{kind}_{level}" for level in levels_apart for kind in ("weight", "borders")])
         self._levels_apart = levels_apart

@@ -10,9 +10,9 @@ from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
 from anomalib_uniass.components.backbone import FeaturePyramid
+from anomalib_uniass.components.execution import runs_on_cpu
 from anomalib_uniass.components.feature_jitter import FeatureJitter
 from anomalib_uniass.components.gaussian_split import GaussianFrequencySplit
-from anomalib_uniass.components.linear import runs_on_cpu
 from anomalib_uniass.components.mgg_cnn import MultiGranularityGatedCNN
 from anomalib_uniass.components.recomputation import recomputes
 from anomalib_uniass.components.seeding import seeded
@@ -205,7 +205,7 @@ class UniASModel(nn.Module):
             for part in self._parts(inputs):
                 memory = self.pixel_decoder(part)
                 embedded.append([memory[0], *self.source_embedding(memory)])
-        deepest, *sources = [torch.cat(level) for level in zip(*embedded, strict=True)]
+        deepest, *sources = embedded[0] if len(embedded) == 1 else map(torch.cat, zip(*embedded, strict=True))
         return deepest, sources
 
     def _parts(self, maps: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
