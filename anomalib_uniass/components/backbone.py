@@ -25,6 +25,10 @@ class FeaturePyramid(nn.Module):
     TensorFlow's dynamic SAME padding is replaced by the padding it takes at the network's native resolution
     (380 pixels for EfficientNet-B4), which is what the UniAS release computes with and what exports cleanly.
 
+    It computes with a copy of the network whose batch norms are folded into the convolutions
+    (:mod:`~anomalib_uniass.components.batch_norm_folding`); the state dict is that of the network. Loading a state dict
+    into this module and setting its mode fold anew.
+
     Args:
         backbone: Any timm network that supports ``features_only`` and offers strides 2, 4, 8 and 16.
         pre_trained: Load ImageNet weights; from timm's hub, or from ``weights`` if given.
@@ -36,8 +40,7 @@ class FeaturePyramid(nn.Module):
         channels: Channels of the returned taps, fine to coarse.
         mean: Normalisation mean of the network's training images, RGB in [0, 1].
         std: Normalisation standard deviation, likewise.
-        normed_convs: Names of the convolutions that are computed together with the batch norm behind them, and of the
-            latter (see :mod:`~anomalib_uniass.components.batch_norm_folding`).
+        normed_convs: Names of the convolutions with a batch norm behind them, and of the latter.
 
     Raises:
         ValueError: If timm does not know the backbone, it lacks one of the strides, or there is no such level.
@@ -89,7 +92,6 @@ class FeaturePyramid(nn.Module):
         return self
 
     def _fold(self, *_: object) -> None:
-        """Fold the batch norms, of weights that have been loaded or, at most, changed before the mode is set."""
         if self.normed_convs:
             self.folded_network = fold_batch_norms(self.network, self.normed_convs)
 

@@ -34,7 +34,7 @@ def find_normed_convs(network: nn.Module, image: Tensor) -> dict[str, str]:
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         name = names[module]
-        if isinstance(module, CONVS):
+        if type(module) in CONVS:
             producers[id(output)] = (name, output)
         elif id(inputs[0]) in producers:
             conv, _ = producers[id(inputs[0])]
