@@ -85,7 +85,7 @@ def unias(setup: Setup, form: str = FOLDED, *, size: int | None = None) -> UniAS
         for part in (*model.model.heads, model.model.source_embedding):
             part.forward = part.plain  # type: ignore[assignment]
         model.model.pixel_decoder.folded = lambda _: {}  # type: ignore[method-assign]
-        model.model.backbone.normed_convs = {}
+        model.model.backbone.folds_ahead = False
     if form == PLAIN:
         use_pytorch_layers(model.model)
     return model.to(setup.device).eval()

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from anomalib_uniass.components.backbone_weights import load_backbone_weights
 from anomalib_uniass.components.batch_norm_folding import find_normed_convs, fold_batch_norms
+from anomalib_uniass.components.folding import FoldingModule
 from anomalib_uniass.components.static_padding import freeze_padding
 
 STRIDES = (2, 4, 8, 16)
 
 
-class FeaturePyramid(nn.Module):
+class FeaturePyramid(FoldingModule):
     """Frozen backbone, always in eval mode: ``(B, 3, H, W) -> [(B, C_i, H / s_i, W / s_i)]``, fine to coarse.
 
     The taps are levels 1 to 4, at strides 2, 4, 8 and 16.
@@ -27,7 +28,7 @@ class FeaturePyramid(nn.Module):
 
     It computes with a copy of the network whose batch norms are folded into the convolutions
     (:mod:`~anomalib_uniass.components.batch_norm_folding`); the state dict is that of the network. Loading a state dict
-    into this module and setting its mode fold anew.
+    into this module folds anew, and so does setting its mode once the weights have changed; a call does not check.
 
     Args:
         backbone: Any timm network that supports ``features_only`` and offers strides 2, 4, 8 and 16.
@@ -48,6 +49,8 @@ class FeaturePyramid(nn.Module):
         FileNotFoundError: If ``weights`` names neither a file nor an installed package.
     """
 
+    folded_network: nn.Module
+
     def __init__(
         self,
         backbone: str,
@@ -56,7 +59,7 @@ class FeaturePyramid(nn.Module):
         weights: str | Path | None = None,
         finest_level: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(["folded_network"])
         if finest_level not in range(1, len(STRIDES)):
             msg = f"finest_level must be 1, 2 or 3 (strides 2, 4, 8), got {finest_level!r}."
             raise ValueError(msg)
@@ -81,19 +84,18 @@ class FeaturePyramid(nn.Module):
         freeze_padding(network, native_size=config["input_size"][-2:])
         self.network: nn.Module = network.requires_grad_(False).eval()
         self.normed_convs = find_normed_convs(network, torch.zeros(1, 3, 64, 64))
-        self.register_load_state_dict_post_hook(FeaturePyramid._fold)
+        self.folds_ahead = bool(self.normed_convs)
         self.eval()
 
     def train(self, mode: bool = True) -> "FeaturePyramid":
         """Stay in eval mode: batch-norm statistics of the backbone never move."""
         del mode
         super().train(False)
-        self._fold()
         return self
 
-    def _fold(self, *_: object) -> None:
-        if self.normed_convs:
-            self.folded_network = fold_batch_norms(self.network, self.normed_convs)
+    def fold(self) -> tuple[nn.Module]:
+        """Fold the batch norms into the convolutions."""
+        return (fold_batch_norms(self.network, self.normed_convs),)
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -105,7 +107,7 @@ class FeaturePyramid(nn.Module):
         Returns:
             Features from the finest level on, fine to coarse.
         """
-        network = self.folded_network if self.normed_convs else self.network
+        network = self.folded_network if self.folds_ahead else self.network
         return list(network(image))[self.finest_level - 1 :]
 
 

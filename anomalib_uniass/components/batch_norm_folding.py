@@ -50,8 +50,6 @@ def find_normed_convs(network: nn.Module, image: Tensor) -> dict[str, str]:
     return pairs
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def fold_batch_norms(network: nn.Module, pairs: dict[str, str]) -> nn.Module:
     """Return a copy of a network without the batch norms that follow a convolution.
 
@@ -66,16 +64,12 @@ def fold_batch_norms(network: nn.Module, pairs: dict[str, str]) -> nn.Module:
     for conv_name, norm_name in pairs.items():
         conv = cast("nn.Conv2d", network.get_submodule(conv_name))
         norm = cast("nn.BatchNorm2d", network.get_submodule(norm_name))
-        _replace(folded, conv_name, fuse_conv_bn_eval(conv, norm))
-        _replace(folded, norm_name, copy.deepcopy(norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity())
+        folded.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
+        activation = copy.deepcopy(norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+        folded.set_submodule(norm_name, activation)
     for module in folded.modules():
         tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
         for name, tensor in tensors.items():
             delattr(module, name)
             module.register_buffer(name, tensor.detach(), persistent=False)
     return folded.eval()
-
-
-def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(network.get_submodule(parent), attribute, module)

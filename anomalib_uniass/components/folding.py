@@ -17,7 +17,7 @@ class FoldingModule(nn.Module):
     constants, and :meth:`fold_ahead` notices what has changed since.
 
     Args:
-        constants: Names of the buffers, in the order of :meth:`fold`.
+        constants: Names of the buffers, or of modules that hold such, in the order of :meth:`fold`.
 
     Attributes:
         folds_ahead: Whether inference uses the folded weights at all.
@@ -32,7 +32,7 @@ class FoldingModule(nn.Module):
         self._folded_version: tuple[int, ...] | None = None
         self.register_load_state_dict_post_hook(_fold_anew)
 
-    def fold(self) -> tuple[Tensor, ...]:
+    def fold(self) -> tuple[Tensor | nn.Module, ...]:
         """Fold the weights, differentiably and in full precision."""
         raise NotImplementedError
 
@@ -43,8 +43,8 @@ class FoldingModule(nn.Module):
         version = tuple(tensor._version for tensor in self.state_dict(keep_vars=True).values())
         if version != self._folded_version:
             with torch.inference_mode(False), torch.no_grad():
-                for name, tensor in zip(self.constants, self.fold(), strict=True):
-                    setattr(self, name, tensor)
+                for name, constant in zip(self.constants, self.fold(), strict=True):
+                    setattr(self, name, constant)
             self._folded_version = version
 
     def folded_ahead(self) -> tuple[Tensor, ...]:

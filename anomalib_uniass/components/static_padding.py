@@ -29,8 +29,7 @@ def freeze_padding(network: nn.Module, *, native_size: Sequence[int]) -> None:
     for hook in hooks:
         hook.remove()
     for name, module in dynamic.items():
-        parent, _, attribute = name.rpartition(".")
-        setattr(network.get_submodule(parent), attribute, StaticSameConv2d(module, input_size=sizes[module]))
+        network.set_submodule(name, StaticSameConv2d(module, input_size=sizes[module]))
 
 
 class StaticSameConv2d(nn.Conv2d):
