@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass import UniAS, Unified
-from anomalib_uniass.components.gaussian_blur import GaussianBlur2d
+from anomalib_uniass.layers.gaussian_blur import GaussianBlur2d
 from anomalib_uniass.metrics import CategoryMetrics, CategoryMetricsCallback
 from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, image_score
 

@@ -14,8 +14,8 @@ from speed_report import BFLOAT16, FOLDED, PLAIN, SUMMARY, UNFOLDED
 from torch import Tensor, nn
 
 from anomalib_uniass import UniAD, UniAS
-from anomalib_uniass.components.feature_jitter import FeatureJitter
-from anomalib_uniass.components.transformer import AttentionLayer, FeedForwardLayer
+from anomalib_uniass.layers.feature_jitter import FeatureJitter
+from anomalib_uniass.layers.transformer import AttentionLayer, FeedForwardLayer
 
 Predict = Callable[[Tensor], Tensor]
 """RGB images (B, 3, H, W) in [0, 1] -> raw anomaly maps (B, 1, H, W)."""

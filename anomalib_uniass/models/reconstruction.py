@@ -18,7 +18,6 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_uniass.components.pre_processor import AntialiasedPreProcessor
-from anomalib_uniass.components.recomputation import recomputation
 from anomalib_uniass.metrics import CategoryMetricsCallback
 from anomalib_uniass.models.export import ExportMixin
 
@@ -39,8 +38,6 @@ class ReconstructionMixin(ExportMixin):
     """
 
     model: Any
-    recompute_activations = False
-    """Whether training computes cheap activations again in the backward pass instead of keeping them."""
     architecture: ClassVar[tuple[str, ...]]
     """Constructor arguments that a checkpoint must agree with."""
 
@@ -119,8 +116,7 @@ class ReconstructionMixin(ExportMixin):
         """Reconstruct a batch of good images ``(B, 3, H, W)`` and return the loss."""
         del args, kwargs  # the trainer's batch index is not needed
         image = cast("Tensor", batch.image)
-        with recomputation(self.recompute_activations):
-            loss = self.loss(*self.model.reconstruct(image))
+        loss = self.loss(*self.model.reconstruct(image))
         self.log("train_loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=len(image))
         return {"loss": loss}
 

@@ -11,13 +11,13 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
-from anomalib_uniass.components.backbone import FeaturePyramid
-from anomalib_uniass.components.backbone_weights import resolve_weights
-from anomalib_uniass.components.feature_jitter import FeatureJitter
-from anomalib_uniass.components.gaussian_blur import GaussianBlur2d
-from anomalib_uniass.components.neighbor_mask import neighbor_mask
-from anomalib_uniass.components.position_encoding import sine_position_encoding_2d
-from anomalib_uniass.components.standardization import FeatureStandardization
+from anomalib_uniass.layers.backbone import FeaturePyramid
+from anomalib_uniass.layers.backbone_weights import resolve_weights
+from anomalib_uniass.layers.feature_jitter import FeatureJitter
+from anomalib_uniass.layers.gaussian_blur import GaussianBlur2d
+from anomalib_uniass.layers.neighbor_mask import neighbor_mask
+from anomalib_uniass.layers.position_encoding import sine_position_encoding_2d
+from anomalib_uniass.layers.standardization import FeatureStandardization
 
 
 def test_gaussian_blur_equals_scipy() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Resize
 
 from anomalib_uniass import UniAD, Unified
-from anomalib_uniass.components.transformer import AttentionLayer
+from anomalib_uniass.layers.transformer import AttentionLayer
 from anomalib_uniass.models.uniad.anomaly_map import AnomalyMapGenerator, image_score
 from anomalib_uniass.models.uniad.decoder import LearnedPositionEmbedding2d
 from anomalib_uniass.models.uniad.official import convert_official_state_dict, official_arguments

@@ -12,7 +12,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from torch import Tensor, nn
 
-from anomalib_uniass.components.backbone import FeaturePyramid
+from anomalib_uniass.layers.backbone import FeaturePyramid
 from anomalib_uniass.models.patchcore.coreset import PatchSample, k_center_greedy
 from anomalib_uniass.models.reconstruction import ReconstructionMixin, parse_image_size
 
@@ -45,7 +45,7 @@ class BoundedPatchcore(Patchcore, AnomalibModule):  # type: ignore[misc]  # sign
 
     Raises:
         ValueError: If not ``1 <= coreset_size <= max_patches``, or for the reasons of
-            :class:`~anomalib_uniass.components.backbone.FeaturePyramid`.
+            :class:`~anomalib_uniass.layers.backbone.FeaturePyramid`.
 
     Example:
         >>> from anomalib.engine import Engine

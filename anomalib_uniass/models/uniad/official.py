@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anomalib_uniass.components.token_grid import STRIDE
+from anomalib_uniass.layers.token_grid import STRIDE
 from anomalib_uniass.models.conversion import OFFICIAL_BACKBONE, Rules, convert_state_dict, require, strip_module
 from anomalib_uniass.models.uniad.lightning_model import UniAD
 

@@ -10,13 +10,13 @@ from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_uniass.components.backbone import FeaturePyramid
-from anomalib_uniass.components.feature_jitter import FeatureJitter
-from anomalib_uniass.components.neighbor_mask import neighbor_mask
-from anomalib_uniass.components.seeding import seeded
-from anomalib_uniass.components.standardization import FeatureStandardization
-from anomalib_uniass.components.token_grid import check_image_size, token_grid
-from anomalib_uniass.components.transformer import EncoderLayer
+from anomalib_uniass.layers.backbone import FeaturePyramid
+from anomalib_uniass.layers.feature_jitter import FeatureJitter
+from anomalib_uniass.layers.neighbor_mask import neighbor_mask
+from anomalib_uniass.layers.seeding import seeded
+from anomalib_uniass.layers.standardization import FeatureStandardization
+from anomalib_uniass.layers.token_grid import check_image_size, token_grid
+from anomalib_uniass.layers.transformer import EncoderLayer
 from anomalib_uniass.models.uniad.anomaly_map import AnomalyMapGenerator, image_score
 from anomalib_uniass.models.uniad.decoder import LearnedPositionEmbedding2d, QueryDecoderLayer
 

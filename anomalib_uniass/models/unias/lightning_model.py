@@ -13,6 +13,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 
+from anomalib_uniass import acceleration
 from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
 from anomalib_uniass.models.reconstruction import (
     STATISTICS_BATCHES,
@@ -72,8 +73,8 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             whole run, for short trainings.
         lr_step_epochs: Epochs between the steps of ``step``.
         max_epochs: Length of the training. A value given here overrides the trainer's; None leaves it to the trainer.
-        recompute_activations: Compute cheap activations again in the backward pass instead of keeping them: training
-            takes half of the memory. Costs little time at full size, more in small models, which need it not.
+        accelerate: Compute with exact rewrites of the paper's modules, several times as fast and in half of the memory
+            (:mod:`anomalib_uniass.acceleration`).
         seed: Seed of the initial weights.
         pre_processor: Pre-processor, or True for resize and normalisation with the backbone's statistics.
         post_processor: Post-processor, or True for thresholds per category at a false-positive rate of 1 % of the
@@ -131,7 +132,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         lr_schedule: LRSchedule = "step",
         lr_step_epochs: int = 400,
         max_epochs: int | None = None,
-        recompute_activations: bool = True,
+        accelerate: bool = True,
         seed: int | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -169,7 +170,8 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             score=score,
             seed=seed,
         )
-        self.recompute_activations = recompute_activations
+        if accelerate:
+            acceleration.accelerate(self.model)
         self.loss = ReconstructionLoss(
             weight=loss_weight, mse_weight=mse_weight, cosine_weight=cosine_weight, cosine_term=cosine_term
         )
@@ -178,11 +180,11 @@ class UniAS(ReconstructionMixin, AnomalibModule):
     def on_fit_start(self) -> None:
         """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them."""
         super().on_fit_start()
-        statistics = self.model.anomaly_map.statistics
-        if statistics is not None and not statistics.fitted:
-            logger.info("Finding prototypes in up to %d training batches.", STATISTICS_BATCHES)
+        whitening = self.model.anomaly_map.whitening
+        if whitening is not None and not whitening.clustered:
+            logger.info("Finding clusters of images in up to %d training batches.", STATISTICS_BATCHES)
             features = islice(self._training_features(), STATISTICS_BATCHES)
-            statistics.fit(levels[-1] for levels in features)
+            whitening.fit_clusters(levels[-1] for levels in features)
 
     def configure_post_processor(self) -> PostProcessor:
         """Return thresholds per category, normalised by square roots: the maps are products of four distances."""

@@ -67,7 +67,7 @@ class FeatureStandardization(nn.Module):
         return restored
 
     @property
-    def deviations(self) -> list[Tensor]:
+    def stds(self) -> list[Tensor]:
         """Standard deviations of the levels, ``(1, C_i, 1, 1)`` each."""
         return [self._std(i) for i in range(self.levels)]
 

@@ -12,13 +12,13 @@ a 1x1 convolution at the low resolution, then one small matrix product per axis.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 TAPS = 3
 
 
-class AxisOperators(nn.Module):
+class AxisOperators:
     """How the taps of a head act along one axis of n low-resolution and S = n * scale high-resolution positions.
 
     Args:
@@ -27,26 +27,18 @@ class AxisOperators(nn.Module):
 
     Attributes:
         groups: Group of every triple (a, b, c), c running fastest: ``(27,)``.
-        matrices: The distinct matrices A_g: ``(G, S, n)``.
+        matrices: The distinct matrices A_g, in double precision as all that follows: ``(G, S, n)``.
         pair_ones: ``P_c P_b 1``, what the borders leave of a constant: ``(9, S)``, c running fastest.
         ones: ``P_c 1``: ``(3, S)``.
     """
 
-    groups: Tensor
-    matrices: Tensor
-    pair_ones: Tensor
-    ones: Tensor
-
     def __init__(self, size: int, *, scale: int) -> None:
-        super().__init__()
         identity = torch.eye(size, dtype=torch.float64)
         upsampling = F.interpolate(identity[None], size=size * scale, mode="linear", align_corners=True)[0].T  # (S, n)
         constant = torch.ones(size * scale, 1, dtype=torch.float64)
-        matrices, groups = torch.unique(_shift_repeatedly(upsampling, 3), dim=0, return_inverse=True)
-        self.register_buffer("groups", groups, persistent=False)
-        self.register_buffer("matrices", matrices.float(), persistent=False)
-        self.register_buffer("pair_ones", _shift_repeatedly(constant, 2).squeeze(2).float(), persistent=False)
-        self.register_buffer("ones", _shift_repeatedly(constant, 1).squeeze(2).float(), persistent=False)
+        self.matrices, self.groups = torch.unique(_shift_repeatedly(upsampling, 3), dim=0, return_inverse=True)
+        self.pair_ones = _shift_repeatedly(constant, 2).squeeze(2)
+        self.ones = _shift_repeatedly(constant, 1).squeeze(2)
 
 
 def _shift_repeatedly(x: Tensor, times: int) -> Tensor:
@@ -89,7 +81,10 @@ def fold_biases(
     outer = _compose_outer(second, third).permute(0, 1, 2, 4, 3, 5)  # (C, M, by, cy, bx, cx)
     pair = torch.einsum("ompq,m->opq", outer.flatten(4).flatten(2, 3), biases[0])  # (C, 9, 9)
     single = torch.einsum("omyx,m->oyx", third, biases[1])  # (C, 3, 3)
-    maps = rows.pair_ones.T @ pair @ columns.pair_ones + rows.ones.T @ single @ columns.ones + biases[2][:, None, None]
+    row_pairs, column_pairs, row_ones, column_ones = (
+        ones.to(pair) for ones in (rows.pair_ones, columns.pair_ones, rows.ones, columns.ones)
+    )
+    maps = row_pairs.T @ pair @ column_pairs + row_ones.T @ single @ column_ones + biases[2][:, None, None]
     return maps.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
@@ -122,15 +117,10 @@ def folded_cost(in_channels: int, out_channels: int, rows: AxisOperators, column
     return out_channels * (g * h * in_channels * n * m + g * n * h * m * t + s * g * n * t)
 
 
-def folding_cost(in_channels: int, out_channels: int) -> int:
-    """Multiply-adds of :func:`fold_weights`, whatever the batch."""
-    return out_channels * in_channels**2 * (TAPS**4 + TAPS**6)
-
-
 def _compose_outer(second: Tensor, third: Tensor) -> Tensor:
     return torch.einsum("omgh,mnef->onefgh", third, second)
 
 
 def _group_matrix(axis: AxisOperators, like: Tensor) -> Tensor:
     """Return the indicator matrix (27, G) that sums the triples of a group."""
-    return F.one_hot(axis.groups, len(axis.matrices)).to(like.dtype)
+    return F.one_hot(axis.groups, len(axis.matrices)).to(like)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from anomalib_uniass.components.gaussian_blur import GaussianBlur2d
+from anomalib_uniass.layers.gaussian_blur import GaussianBlur2d
 
 
 class GaussianFrequencySplit(nn.Module):

@@ -10,15 +10,13 @@ import torch
 from timm.models.efficientnet import EfficientNetFeatures
 from torch import Tensor, nn
 
-from anomalib_uniass.components.backbone_weights import load_backbone_weights
-from anomalib_uniass.components.batch_norm_folding import find_normed_convs, fold_batch_norms
-from anomalib_uniass.components.folding import FoldingModule
-from anomalib_uniass.components.static_padding import freeze_padding
+from anomalib_uniass.layers.backbone_weights import load_backbone_weights
+from anomalib_uniass.layers.static_padding import freeze_padding
 
 STRIDES = (2, 4, 8, 16)
 
 
-class FeaturePyramid(FoldingModule):
+class FeaturePyramid(nn.Module):
     """Frozen backbone, always in eval mode: ``(B, 3, H, W) -> [(B, C_i, H / s_i, W / s_i)]``, fine to coarse.
 
     The taps are levels 1 to 4, at strides 2, 4, 8 and 16.
@@ -26,30 +24,23 @@ class FeaturePyramid(FoldingModule):
     TensorFlow's dynamic SAME padding is replaced by the padding it takes at the network's native resolution
     (380 pixels for EfficientNet-B4), which is what the UniAS release computes with and what exports cleanly.
 
-    It computes with a copy of the network whose batch norms are folded into the convolutions
-    (:mod:`~anomalib_uniass.components.batch_norm_folding`); the state dict is that of the network. Loading a state dict
-    into this module folds anew, and so does setting its mode once the weights have changed; a call does not check.
-
     Args:
         backbone: Any timm network that supports ``features_only`` and offers strides 2, 4, 8 and 16.
         pre_trained: Load ImageNet weights; from timm's hub, or from ``weights`` if given.
         weights: A weights file or the name of an installed weights package
-            (see :func:`~anomalib_uniass.components.backbone_weights.load_backbone_weights`).
+            (see :func:`~anomalib_uniass.layers.backbone_weights.load_backbone_weights`).
         finest_level: First level that is returned, 1 to 3.
 
     Attributes:
         channels: Channels of the returned taps, fine to coarse.
         mean: Normalisation mean of the network's training images, RGB in [0, 1].
         std: Normalisation standard deviation, likewise.
-        normed_convs: Names of the convolutions with a batch norm behind them, and of the latter.
 
     Raises:
         ValueError: If timm does not know the backbone, it lacks one of the strides, or there is no such level.
         RuntimeError: If the weights cannot be fetched.
         FileNotFoundError: If ``weights`` names neither a file nor an installed package.
     """
-
-    folded_network: nn.Module
 
     def __init__(
         self,
@@ -59,7 +50,7 @@ class FeaturePyramid(FoldingModule):
         weights: str | Path | None = None,
         finest_level: int = 1,
     ) -> None:
-        super().__init__(["folded_network"])
+        super().__init__()
         if finest_level not in range(1, len(STRIDES)):
             msg = f"finest_level must be 1, 2 or 3 (strides 2, 4, 8), got {finest_level!r}."
             raise ValueError(msg)
@@ -82,20 +73,13 @@ class FeaturePyramid(FoldingModule):
         self.mean: tuple[float, ...] = tuple(config["mean"])
         self.std: tuple[float, ...] = tuple(config["std"])
         freeze_padding(network, native_size=config["input_size"][-2:])
-        self.network: nn.Module = network.requires_grad_(False).eval()
-        self.normed_convs = find_normed_convs(network, torch.zeros(1, 3, 64, 64))
-        self.folds_ahead = bool(self.normed_convs)
+        self.network: nn.Module = network.requires_grad_(False)
         self.eval()
 
     def train(self, mode: bool = True) -> "FeaturePyramid":
         """Stay in eval mode: batch-norm statistics of the backbone never move."""
         del mode
-        super().train(False)
-        return self
-
-    def fold(self) -> tuple[nn.Module]:
-        """Fold the batch norms into the convolutions."""
-        return (fold_batch_norms(self.network, self.normed_convs),)
+        return super().train(False)
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -107,8 +91,7 @@ class FeaturePyramid(FoldingModule):
         Returns:
             Features from the finest level on, fine to coarse.
         """
-        network = self.folded_network if self.folds_ahead else self.network
-        return list(network(image))[self.finest_level - 1 :]
+        return list(self.network(image))[self.finest_level - 1 :]
 
 
 def _create_network(backbone: str, *, pre_trained: bool) -> Any:

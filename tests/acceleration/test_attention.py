@@ -8,8 +8,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass.components.dropout import Dropout
 from anomalib_uniass.components.linear import MINIMAL_WEIGHTS, linear
-from anomalib_uniass.components.neighbor_mask import neighbor_mask
-from anomalib_uniass.components.transformer import AttentionLayer
+from anomalib_uniass.layers.neighbor_mask import neighbor_mask
+from anomalib_uniass.layers.transformer import AttentionLayer
 
 
 def gradients(output: Tensor, *inputs: Tensor) -> list[Tensor]:

@@ -1,15 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Post-norm transformer layers, each a residual step of its own."""
 
-from itertools import groupby
-
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
-
-from anomalib_uniass.components.dropout import Dropout
-from anomalib_uniass.components.execution import runs_on_cpu
-from anomalib_uniass.components.linear import linear
-from anomalib_uniass.components.recomputation import recompute
 
 
 class AttentionLayer(nn.Module):
@@ -24,7 +16,7 @@ class AttentionLayer(nn.Module):
     def __init__(self, dim: int, *, heads: int, dropout: float = 0.1) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
 
     def forward(
@@ -48,35 +40,8 @@ class AttentionLayer(nn.Module):
         query = tokens if query is None else query
         key = tokens if key is None else key
         value = tokens if value is None else value
-        attended = recompute(self._attend, query, key, value, mask)
+        attended, _ = self.attention(query, key, value, attn_mask=mask, need_weights=False)
         return self.norm(tokens + self.dropout(attended))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Compute PyTorch's attention; on a CPU step by step, with faster linear layers and dropout."""
-        attention = self.attention
-        if not runs_on_cpu(query):
-            return attention(query, key, value, attn_mask=mask, need_weights=False)[0]
-        q, k, v = (
-            x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)  # (B, heads, N, d)
-            for x in self._project(query, key, value)
-        )
-        if self.training:  # PyTorch has no fused kernel with dropout on a CPU
-            scores = q * q.shape[-1] ** -0.5 @ k.mT
-            scores = scores if mask is None else scores.masked_fill(mask, float("-inf"))
-            attended = self.dropout(scores.softmax(dim=-1)) @ v
-        else:
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else ~mask)
-        return linear(attended.transpose(1, 2).flatten(2), attention.out_proj.weight, attention.out_proj.bias)
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """Project query, key and value, neighbours that are the same tensor at once."""
-        weight, bias = self.attention.in_proj_weight, self.attention.in_proj_bias
-        first, projected = 0, list[Tensor]()
-        for _, group in groupby((query, key, value), key=id):
-            inputs = list(group)
-            rows = slice(first, first := first + len(inputs) * self.attention.embed_dim)
-            projected += linear(inputs[0], weight[rows], bias[rows]).chunk(len(inputs), dim=2)
-        return projected
 
 
 class FeedForwardLayer(nn.Module):
@@ -93,17 +58,13 @@ class FeedForwardLayer(nn.Module):
         self.linear1 = nn.Linear(dim, hidden_dim)
         self.linear2 = nn.Linear(hidden_dim, dim)
         self.activation = nn.ReLU()
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Transform and add."""
-        transformed = recompute(self._transform, tokens)
-        return self.norm(tokens + self.dropout(transformed))
-
-    def _transform(self, tokens: Tensor) -> Tensor:
-        hidden = self.activation(linear(tokens, self.linear1.weight, self.linear1.bias))
-        return linear(self.dropout(hidden), self.linear2.weight, self.linear2.bias)
+        hidden = self.activation(self.linear1(tokens))  # (B, N, hidden_dim)
+        return self.norm(tokens + self.dropout(self.linear2(self.dropout(hidden))))
 
 
 class EncoderLayer(nn.Module):

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From image sizes to token grids."""
 
-import torch
 from torch import Tensor
 
-from anomalib_uniass.components.backbone import STRIDES
+from anomalib_uniass.layers.backbone import STRIDES
 
 STRIDE = STRIDES[-1]
 
@@ -26,7 +25,7 @@ def token_grid(image_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def check_image_size(image: Tensor, expected: tuple[int, int]) -> None:
-    """Refuse images of another size than a model was built for; an exporter's example image may have any.
+    """Refuse images of another size than a model was built for.
 
     Args:
         image: Images ``(B, 3, H, W)``.
@@ -35,6 +34,6 @@ def check_image_size(image: Tensor, expected: tuple[int, int]) -> None:
     Raises:
         ValueError: If they differ.
     """
-    if not torch.compiler.is_compiling() and tuple(image.shape[-2:]) != expected:
+    if tuple(image.shape[-2:]) != expected:
         msg = f"Expected images of size {expected}, got {tuple(image.shape[-2:])}: set `image_size`."
         raise ValueError(msg)

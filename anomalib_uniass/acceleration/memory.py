@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training memory: the finest memory map, the largest by far, is computed again in the backward pass."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from anomalib_uniass.models.unias.pixel_decoder import FPNPixelDecoder
+from anomalib_uniass.models.unias.source_embedding import SourceEmbedding
+
+PART_BYTES = 2**25
+"""Size of the finest memory map above which it is computed for part of the batch's images at a time.
+
+Caches of a CPU do not hold larger maps, and the allocator fetches them from the system anew.
+"""
+
+Embed = Callable[[Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
+
+
+def checkpointed_embed(pixel_decoder: FPNPixelDecoder, source_embedding: SourceEmbedding, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Compute :meth:`~anomalib_uniass.models.unias.torch_model.UniASModel.embed`, keeping less for the backward pass.
+
+    What is kept of a fine level is its convolved map. Normalising and rectifying it again is cheap, and so are
+    upsampling and lateral map before it.
+
+    Args:
+        pixel_decoder: The pixel decoder.
+        source_embedding: The source embedding.
+        inputs: Decoder inputs ``[(B, 2 C_i, H_i, W_i)]``, fine to coarse.
+
+    Returns:
+        The deepest memory map ``(B, D, h, w)`` and the source tokens ``[(B, N, D)]``, coarse to fine.
+    """
+    *fine, deepest = inputs
+    encoded = pixel_decoder.encode(deepest)
+    parts = []
+    for y, *fine_part in zip(*(x.split(_images(pixel_decoder, fine[0])) for x in (encoded, *fine)), strict=True):
+        memory = [y]
+        for level, x in zip(pixel_decoder.levels, reversed(fine_part), strict=True):
+            fused = _recompute(level.fuse, x, memory[-1])
+            if level is pixel_decoder.levels[-1]:
+                break
+            memory.append(level.activate(fused))
+        parts.append(_recompute(_activate_and_embed, level.activate, source_embedding, memory, fused))
+    return encoded, parts[0] if len(parts) == 1 else [torch.cat(sources) for sources in zip(*parts, strict=True)]
+
+
+def _images(pixel_decoder: FPNPixelDecoder, finest: Tensor) -> int:
+    """Return how many images a part has."""
+    image_bytes = pixel_decoder.deepest_conv.out_channels * finest[0, 0].numel() * finest.element_size()
+    return max(1, PART_BYTES // image_bytes)
+
+
+def _activate_and_embed(activate: Callable[[Tensor], Tensor], embed: SourceEmbedding, memory: list[Tensor], fused: Tensor) -> list[Tensor]:
+    return embed([*memory, activate(fused)])
+
+
+def _recompute(function: Callable[..., object], *inputs: object) -> object:
+    """Call a function, keeping none of its intermediate results for the backward pass."""
+    return checkpoint(function, *inputs, use_reentrant=False) if torch.is_grad_enabled() else function(*inputs)
