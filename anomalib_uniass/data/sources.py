@@ -74,8 +74,8 @@ def _imported(module: str, name: str) -> ModuleType:
     parts = module.split(".")
     if not {".".join(parts[:end]) for end in range(1, len(parts) + 1)} & ALLOWED_MODULES:
         msg = (
-            f"source={name!r} is in a module that is not imported, and a configuration may not import any. If you trust "
-            f"it write `import {module}` before, or `anomalib.models.ALLOWED_MODULES.add({parts[0]!r})`."
+            f"source={name!r} is in a module that is not imported, and a configuration may not import any. If you "
+            f"trust it write `import {module}` before, or `anomalib.models.ALLOWED_MODULES.add({parts[0]!r})`."
         )
         raise ValueError(msg)
     try:

@@ -54,8 +54,8 @@ class Unified(AnomalibDataModule):
 
     Args:
         source: Name in ``anomalib.data`` (``MVTecAD``, ``Visa``, ``MVTecLOCO``, ``BTech``, ``MPDD``, ...) or full class
-            path of the image datamodule that reads one category; its module must be imported before, or be named in
-            ``anomalib.models.ALLOWED_MODULES``.
+            path of the image datamodule that reads one category; import its module before (see
+            :func:`~anomalib_uniass.data.sources.load_source`).
         root: Root folder of the dataset; None takes the source's default.
         categories: Categories to join. None takes those found below ``root``, or if there is no ``root`` yet the
             official ones of the source (but MVTec AD is downloaded only to its default ``root``, or for categories
@@ -431,4 +431,6 @@ def _below(samples: pd.DataFrame, *, link: Path) -> pd.DataFrame:
             return str(link / Path(path).relative_to(target))
         return path
 
-    return samples.assign(image_path=samples["image_path"].map(rename), mask_path=samples["mask_path"].map(rename))
+    # Not `map`, which makes NaN of None.
+    masks = pd.Series([rename(path) for path in samples["mask_path"]], index=samples.index, dtype=object)
+    return samples.assign(image_path=samples["image_path"].map(rename), mask_path=masks)
