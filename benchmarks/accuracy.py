@@ -2,10 +2,10 @@
 """Accuracy study on the inspection benchmark: UniAS, UniAD and Patchcore on one backbone, and ablations.
 
 Every model is trained once on all nine categories (``configs/inspection.yaml`` beside this file) and scored by the
-metrics of this package. Sections: ``models``, the comparison over seeds, with learning curves; ``maps``, other fusions, blurs and
-image scores on the trained UniAS; ``ablations``, UniAS retrained with something changed, on fewer epochs; ``levels``,
-what of each level's error comes from the token grid, and how much of a category's variety is reconstructed. No
-checkpoint is selected; the curves only show whether training had converged. The configuration's target and
+metrics of this package. Sections: ``models``, the comparison over seeds, with learning curves; ``maps``, other fusions,
+blurs and image scores on the trained UniAS; ``ablations``, UniAS retrained with something changed, on fewer epochs;
+``levels``, what of each level's error comes from the token grid, and how much of a category's variety is reconstructed.
+No checkpoint is selected; the curves only show whether training had converged. The configuration's target and
 prototypes were chosen after their figures on this test set were seen.
 
 Every finished run is kept in ``RESULTS/accuracy.json`` and not run again; an unfinished one resumes from its last
