@@ -69,7 +69,8 @@ def is_hidden(path: Path) -> bool:
 
 def is_category(folder: Path) -> bool:
     """Whether a folder is meant as a category: it has ``train``, ``test`` or ``ground_truth``, in any case."""
-    return folder.is_dir() and any(path.is_dir() and path.name.casefold() in _SPLITS for path in _visible(folder))
+    # `glob` passes over what may not be read, such as `lost+found`.
+    return folder.is_dir() and any(path.is_dir() and path.name.casefold() in _SPLITS for path in folder.glob("*"))
 
 
 def explain_root(root: Path) -> str:
@@ -84,10 +85,10 @@ def explain_root(root: Path) -> str:
     if not root.is_dir():
         return ""
     splits = [path for path in _visible(root) if path.is_dir() and path.name.casefold() in (_TRAIN, _TEST)]
-    if any(path.is_dir() and path.name.casefold() == GOOD for split in splits for path in _visible(split)):
+    if any(path.is_dir() and path.name.casefold() == GOOD for split in splits for path in split.glob("*")):
         home = root.resolve()
         return f"It looks like a category itself: give root={str(home.parent)!r} with categories=[{home.name!r}]."
-    above = [path for path in _visible(root) if path.is_dir() and any(is_category(child) for child in _visible(path))]
+    above = [path for path in _visible(root) if path.is_dir() and any(map(is_category, path.glob("*")))]
     return f"Did you mean root={str(above[0])!r}?" if above else ""
 
 

@@ -2,6 +2,7 @@
 """One datamodule for all categories of an anomaly detection dataset."""
 
 import logging
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -161,8 +162,13 @@ class Unified(AnomalibDataModule):
         if isinstance(names, str):
             msg = f"{argument} must be a list of category names, got the string {names!r}."
             raise TypeError(msg)
-        names = [str(name) for name in names or ()]
         known = {*self._official_categories(), *category_folders(self.source, self.root)}
+        # An umlaut may be one character or two: macOS writes names of folders otherwise than people type them.
+        typed = {unicodedata.normalize("NFC", name): name for name in known}
+        names = [
+            name if name in known else typed.get(unicodedata.normalize("NFC", name), name)
+            for name in map(str, names or ())
+        ]
         context = f"{self.source.__name__} and the folders of {self.root}"
         if not self.root.is_dir():
             context = f"{self.source.__name__} ({self.root} does not exist)"

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -501,6 +502,16 @@ def test_names_of_categories_and_roots(tmp_path: Path, names: list[str], home: s
     assert unified(root, categories=names, hflip=names).categories == names
     batch = next(iter(datamodule.test_dataloader()))
     assert all(Path(path).parts[-4] in names for path in batch.image_path)
+
+
+def test_umlauts_typed_in_another_form_than_the_folders(tmp_path: Path) -> None:
+    one, two = (unicodedata.normalize(form, "Größe") for form in ("NFC", "NFD"))
+    assert one != two
+    make_mvtec_layout(tmp_path / "mac", [two], 16, train=2, good=1, defective=1)
+    datamodule = unified(tmp_path / "mac", categories=[one], hflip=[one])
+    assert datamodule.categories == datamodule.hflip == [two]
+    make_mvtec_layout(tmp_path / "both", [one, two], 16, train=2, good=1, defective=1)
+    assert unified(tmp_path / "both", categories=[one, two]).categories == [one, two]
 
 
 def test_layout_alone_splits_as_a_datamodule_of_anomalib(root: Path) -> None:
