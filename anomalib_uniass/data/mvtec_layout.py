@@ -235,10 +235,11 @@ def _visible(folder: Path) -> list[Path]:
 def _images(folder: Path) -> list[Path]:
     """List the images of a folder, and say which Pillow does not open."""
     files = [path for path in _visible(folder) if not path.is_dir()]
-    unknown = [path for path in files if path.suffix.lower() not in image_suffixes()]
+    suffixes = image_suffixes()
+    unknown = [path for path in files if path.suffix.lower() not in suffixes]
     if left_out := [path for path in unknown if (mimetypes.guess_type(path.name)[0] or "").startswith("image/")]:
         logger.warning("%s: %d images in formats that Pillow does not open: %s", folder, len(left_out), _some(left_out))
-    images = [path for path in files if path.suffix.lower() in image_suffixes()]
+    images = [path for path in files if path.suffix.lower() in suffixes]
     if lost := [path for path in images if not path.exists()]:
         msg = f"{_some(lost)}: links that lead nowhere. Fetch the files, or remove the links."
         raise LayoutError(msg)
