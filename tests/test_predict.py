@@ -5,20 +5,24 @@ import csv
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from anomalib.data import ImageBatch, ImageItem, InferenceBatch, PredictDataset
+from anomalib.data import ImageBatch, ImageItem, InferenceBatch, MVTecAD, PredictDataset
 from anomalib.data.utils import read_image as anomalib_read_image
 from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from PIL import Image
 from scipy import ndimage
+from torch import distributed, multiprocessing
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
@@ -26,7 +30,7 @@ from anomalib_uniass import BoundedPatchcore, UniAD, UniAS, Unified
 from anomalib_uniass.components.pre_processor import PreProcessor
 from anomalib_uniass.prediction import PathVisualizer, PredictionTable
 from anomalib_uniass.prediction.names import name_below
-from anomalib_uniass.prediction.table import MOST_REGIONS, _regions
+from anomalib_uniass.prediction.table import MOST_REGIONS, Row, _regions
 from tests.helpers.datasets import make_mvtec_layout
 from tests.test_cli import SMALL_MODEL, Anomalib, anomalib
 
@@ -38,15 +42,13 @@ MODEL = ["--model", "UniAS", "--model.backbone", "resnet18", "--model.image_size
 CPU = ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
 RUN = Path("results/UniAS/latest")
 
-Row = dict[str, str]
-
 
 def engine(folder: Path, **arguments: Any) -> Engine:
     quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu", "devices": 1}
     return Engine(default_root_dir=folder, **quiet, **arguments)
 
 
-def rows(run: Path) -> dict[str, Row]:
+def rows(run: Path) -> dict[str, dict[str, str]]:
     """Read the table as others will, by the path of each image."""
     with (run / "predictions.csv").open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -62,7 +64,7 @@ def pictures(run: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_mvtec_layout(tmp_path_factory.mktemp("data") / "parts", ["bolt", "cap"], (96, 144), train=6)
+    return make_mvtec_layout(tmp_path_factory.mktemp("data") / "parts", ["bolt", "cap"], (96, 144), train=5)
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +105,9 @@ def test_equal_names_give_a_picture_and_a_row_each(
     anomalib: Anomalib, twins: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     (twins / "notes.txt").write_text("no image")
+    (twins / "bolt/2.png").rename(twins / 'bolt/grün, "2".png')
     anomalib("predict", *MODEL, *CPU, "--data", "images", "--ckpt_path", str(checkpoint))
-    paths = {"bolt/1.png", "bolt/2.png", "shelf/1.jpg", "shelf/1.png"}
+    paths = {"bolt/1.png", 'bolt/grün, "2".png', "shelf/1.jpg", "shelf/1.png"}
     table = rows(tmp_path / RUN)
     assert set(table) == pictures(tmp_path / RUN) == paths
     assert {path: row["category"] for path, row in table.items()} == {
@@ -308,6 +311,35 @@ def test_pictures_outside_the_folder_do_not_overwrite_each_other(tmp_path: Path)
     assert names[:5] == names[5:] == ["x/1.png", "x/1_.png", "x/1__.png", "x/1.psd.png", "x/1.psd_.png"]
 
 
+def gather(rank: int, folder: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    table = PredictionTable()
+    # The second process has an image of the first again, as samplers give to fill up.
+    table._rows = {name: Row(name, "", str(rank), "", "", "") for name in ("abc", "bd")[rank]}
+    trainer = SimpleNamespace(is_global_zero=rank == 0, default_root_dir=f"{folder}/{rank}")
+    table.on_predict_epoch_end(trainer, None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_first_process_writes_the_rows_of_all_once(tmp_path: Path) -> None:
+    multiprocessing.start_processes(gather, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    assert list(rows(tmp_path / "0")) == ["a", "b", "c", "d"]
+    assert not (tmp_path / "1").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_table_of_one(parts: Path, checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "anomalib_uniass", "predict", *MODEL, "--trainer.accelerator", "cpu"]
+    data = ["--data", str(parts / "bolt/train"), "--ckpt_path", str(checkpoint)]
+    for devices in ("1", "2"):
+        (tmp_path / devices).mkdir()
+        own = ["--trainer.devices", devices, *(["--trainer.strategy", "ddp"] if devices == "2" else [])]
+        subprocess.run([*command, *data, *own], cwd=tmp_path / devices, check=True)
+    one, two = (tmp_path / devices / RUN for devices in ("1", "2"))
+    assert rows(one) == rows(two)
+    assert pictures(one) == pictures(two) == set(rows(two))
+
+
 # --- Regions ----------------------------------------------------------------------------------------------------------
 
 
@@ -337,6 +369,9 @@ def test_no_region_vanishes_in_a_small_image() -> None:
     mask[3, 63] = True
     ((x, y, *size),) = _regions(mask, (8, 8))
     assert size == [1, 1, 1]
+    mask[3, 62] = True
+    assert _regions(mask, (70, 48))[0][2:] == [2, 1, 2]
+    assert _regions(mask, (60, 60))[0][2:] == [2, 1, 2]
     assert 0 <= x < 8
     assert y == 0
 
@@ -401,7 +436,7 @@ def grey(parts: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def predictions(model: UniAS, run: Path, **data: Any) -> tuple[dict[str, Row], Path]:
+def predictions(model: UniAS, run: Path, **data: Any) -> tuple[dict[str, dict[str, str]], Path]:
     own = engine(run)
     own.predict(model, **data)
     folder = Path(own.trainer.default_root_dir)
@@ -493,6 +528,22 @@ def test_files_that_cannot_be_read_right_are_named_before_the_first_is_predicted
     with pytest.raises(ValueError, match="and 3 more") as error:
         engine(tmp_path).predict(trained, data_path=twins)
     assert str(error.value).count("\n  - ") == 5
+
+
+@pytest.mark.parametrize(("stage", "subset"), [("fit", "train"), ("test", "test"), ("predict", "test")])
+def test_datamodule_of_anomalib_that_misreads_is_refused(
+    stage: str, subset: str, trained: UniAS, parts: Path, tmp_path: Path
+) -> None:
+    """Opaque RGBA is read right by anomalib, 16 bits are not."""
+    shutil.copytree(parts / "bolt", tmp_path / "data/bottle")
+    good = sorted((tmp_path / "data/bottle" / subset / "good").glob("*.png"))
+    Image.open(good[1]).convert("RGBA").save(good[1])
+    data = MVTecAD(root=tmp_path / "data", num_workers=0, train_batch_size=4)
+    getattr(engine(tmp_path / "right", fast_dev_run=1), stage)(trained, datamodule=data)
+    Image.fromarray(np.asarray(Image.open(good[0]).convert("L")).astype(np.uint16) * 257).save(good[0])
+    data = MVTecAD(root=tmp_path / "data", num_workers=0, train_batch_size=4)
+    with pytest.raises(ValueError, match=r"1 of \d+ images cannot be read by MVTecAD:\n  - .*000\.png: has 16 bits"):
+        getattr(engine(tmp_path / "wrong", fast_dev_run=1), stage)(trained, datamodule=data)
 
 
 @pytest.mark.parametrize(

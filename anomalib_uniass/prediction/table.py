@@ -153,8 +153,8 @@ def _regions(mask: Tensor, size: tuple[int, int]) -> list[list[int]]:
     boxes = []
     for x, y, width, height, area in sorted(found[1:].tolist(), key=lambda region: -region[-1])[:MOST_REGIONS]:
         left, top = min(round(x * across), size[0] - 1), min(round(y * down), size[1] - 1)
-        right, bottom = round((x + width) * across), round((y + height) * down)
-        boxes.append([left, top, max(right - left, 1), max(bottom - top, 1), max(round(area * across * down), 1)])
+        wide, high = max(round((x + width) * across) - left, 1), max(round((y + height) * down) - top, 1)
+        boxes.append([left, top, wide, high, min(max(round(area * across * down), 1), wide * high)])
     return boxes
 
 
