@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images and masks of any kind that Pillow opens: read right, or refused with the file's name.
 
-anomalib reads with Pillow's ``convert("RGB")``, which clips 16-bit values to white, forgets that pixels are transparent,
-takes the first of several pictures and leaves EXIF's orientation to others, all without a word.
+anomalib reads with Pillow's ``convert("RGB")``, which clips 16-bit values to white, forgets that pixels are
+transparent, takes the first of several pictures and leaves EXIF's orientation to others, all without a word.
 
 Bit depth of 16-bit grey images: what the file tells, that is BitsPerSample and MaxSampleValue (if it is 2^n - 1) of a
 TIFF, the greatest value in the header of a PGM, or the sBIT chunk of a PNG. A PNG that follows its standard has its
@@ -23,7 +23,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
@@ -43,7 +43,7 @@ _JPEG_END: Final = b"\xff\xd9"
 _JPEG_TAIL_BYTES: Final = 4096
 
 
-class _Refusal(ValueError):
+class _RefusedError(ValueError):
     """What is wrong with a file, in words of ours."""
 
 
@@ -113,7 +113,7 @@ def read_mask(path: Path | str) -> tv_tensors.Mask:
         defect = np.asarray(image.convert("L")) > (127 if lossy else 0)
         if transparent and defect[_alpha(image) == 0].any():
             msg = f"{path}: mask with transparent pixels that are not black. Flatten it on black."
-            raise _Refusal(msg)
+            raise _RefusedError(msg)
         return tv_tensors.Mask(torch.from_numpy(defect).to(torch.uint8))
 
 
@@ -161,26 +161,29 @@ def check_image(path: Path | str) -> tuple[tuple[int, int], str | None]:
 
 
 @contextmanager
-def _opened(path: Path | str) -> Iterator[Image.Image]:
+def _opened(path: Path | str) -> Iterator[ImageFile.ImageFile]:
     """Open a file; whatever Pillow raises on it becomes an error that names the file."""
     if not Path(path).is_file():
         msg = f"{path}: missing"
-        raise _Refusal(msg)
+        raise _RefusedError(msg)
     try:
         # Not by its name: Pillow then maps some files into memory, and garbles turned grey TIFFs (seen in 13.0).
         with Path(path).open("rb") as file, Image.open(file) as image:
             yield image
-    except _Refusal:
+    except _RefusedError:
         raise
+    except UnidentifiedImageError as error:
+        msg = f"{path}: unreadable (no image, or of a kind that Pillow does not read). Replace it."
+        raise _RefusedError(msg) from error
     except Exception as error:  # Pillow raises many kinds
-        msg = f"{path}: unreadable ({type(error).__name__}: {error})"
-        raise _Refusal(msg) from error
+        msg = f"{path}: unreadable ({type(error).__name__}: {error}). Replace it."
+        raise _RefusedError(msg) from error
 
 
 # --- what the header tells; to be asked before the pixels are loaded ---
 
 
-def _is_plain(image: Image.Image) -> bool:
+def _is_plain(image: ImageFile.ImageFile) -> bool:
     """Whether the header shows nothing that needs care but EXIF's orientation."""
     return (
         image.mode in _PLAIN_MODES
@@ -190,63 +193,62 @@ def _is_plain(image: Image.Image) -> bool:
     )
 
 
-def _frames(image: Image.Image) -> int:
+def _frames(image: ImageFile.ImageFile) -> int:
     """Count the pictures; the first one of MPO, which phones write, is the photograph."""
     return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
 
 
-def _is_grey16(image: Image.Image) -> bool:
+def _is_grey16(image: ImageFile.ImageFile) -> bool:
     """Whether an image is grey of up to 16 bits; Pillow gives some of these as 32-bit integers."""
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
-def _has_16_bits(image: Image.Image) -> bool:
+def _has_16_bits(image: ImageFile.ImageFile) -> bool:
     """Whether the file has 16 bits per channel, of which Pillow keeps the high bytes if it has colour."""
     tile = str(image.tile[:1])  # decoder and its arguments; a PPM's last one is the greatest value
     return any(mark in tile for mark in (";16", "SGI16", ", 65535)")) or max(_tiff_tag(image, _TIFF_BITS)) > 8
 
 
-def _has_key_of_other_scale(image: Image.Image) -> bool:
+def _has_key_of_other_scale(image: ImageFile.ImageFile) -> bool:
     """Whether a colour key of 2, 4 or 16 bits marks transparent pixels; Pillow compares it with 8-bit values."""
     return image.mode in ("L", "RGB") and image.has_transparency_data and ";" in str(image.tile[:1])
 
 
-def _tiff_tag(image: Image.Image, tag: int) -> tuple[int, ...]:
+def _tiff_tag(image: ImageFile.ImageFile, tag: int) -> tuple[int, ...]:
     """Return a tag of whole numbers, (0,) if the file is no TIFF or has none."""
     values = getattr(image, "tag_v2", {}).get(tag, 0)
     return tuple(int(value) for value in values) if isinstance(values, tuple) else (int(values),)
 
 
-def _check_single(image: Image.Image, path: Path | str) -> None:
+def _check_single(image: ImageFile.ImageFile, path: Path | str) -> None:
     """Refuse a file of several pictures."""
     if (frames := _frames(image)) > 1:
         msg = f"{path}: {image.format} with {frames} pictures (pages, frames or layers). Save one of them by itself."
-        raise _Refusal(msg)
+        raise _RefusedError(msg)
 
 
-def _check_kind(image: Image.Image, path: Path | str) -> None:
+def _check_kind(image: ImageFile.ImageFile, path: Path | str) -> None:
     """Refuse a file of several pictures or of values without a defined white."""
     _check_single(image, path)
     planes = _tiff_tag(image, _TIFF_PLANES) == (2,)
     if planes and _has_16_bits(image) and "raw" in str(image.tile[:1]):  # Pillow takes its bytes for pixels
         msg = f"{path}: uncompressed 16-bit TIFF with a plane for each colour. Save it with interleaved colours."
-        raise _Refusal(msg)
+        raise _RefusedError(msg)
     if _is_grey16(image):
         if image.format not in ("PNG", "PPM", "TIFF", "JPEG2000"):
-            msg = (
-                f"{path}: 16-bit {image.format}, whose white is not known. Save it as 16-bit PNG or TIFF, or in 8 bits."
-            )
-            raise _Refusal(msg)
+            msg = f"{path}: 16-bit {image.format}, whose white is not known. Save it as 16-bit PNG or in 8 bits."
+            raise _RefusedError(msg)
     elif image.mode not in (*_PLAIN_MODES, *_ALPHA_MODES):
-        kind = {"I": "32-bit integers or signed values", "F": "floating-point values"}.get(image.mode, "values")
+        kinds = {"I": "32-bit or signed values", "F": "floating-point values", "LAB": "L*a*b* colours"}
+        kind = kinds.get(image.mode, "values")
         msg = (
             f"{path}: {image.format} with {kind} (Pillow's mode {image.mode}), whose white is not known. "
             "Save it as 8-bit or 16-bit grey or RGB."
         )
-        raise _Refusal(msg)
+        raise _RefusedError(msg)
 
 
-def _orientation(image: Image.Image, path: Path | str) -> int:
+def _orientation(image: ImageFile.ImageFile, path: Path | str) -> int:
     """Return EXIF's orientation, 1 if there is none."""
     if image.format == "PNG" and not _png_may_be_turned(path):
         return 1  # Pillow would decode the image to find out
@@ -282,7 +284,7 @@ def _has_jpeg_end(path: Path | str) -> bool:
         return _JPEG_END in file.read()
 
 
-def _is_lossy(image: Image.Image, path: Path | str) -> bool:
+def _is_lossy(image: ImageFile.ImageFile, path: Path | str) -> bool:
     """Whether values may have been changed by compression."""
     if image.format == "WEBP":
         with Path(path).open("rb") as file:
@@ -293,39 +295,42 @@ def _is_lossy(image: Image.Image, path: Path | str) -> bool:
 # --- pixels ---
 
 
-def _turn_upright(image: Image.Image) -> None:
+def _turn_upright(image: ImageFile.ImageFile) -> None:
     """Load an image and apply EXIF's orientation to it."""
     image.load()
     with suppress(SyntaxError):  # EXIF that is none
         ImageOps.exif_transpose(image, in_place=True)
 
 
-def _alpha(image: Image.Image) -> npt.NDArray[np.uint8]:
+def _alpha(image: ImageFile.ImageFile) -> npt.NDArray[np.uint8]:
     return np.asarray(image.convert("RGBA").getchannel("A"))
 
 
-def _read_grey16(image: Image.Image, path: Path | str) -> npt.NDArray[np.float32]:
+def _read_grey16(image: ImageFile.ImageFile, path: Path | str) -> npt.NDArray[np.float32]:
     """Return (H, W) in [0, 1]."""
-    depth, ambiguous = _told_depth(image, path), _has_16_bits(image)
+    depth = _told_depth(image, path)
+    scaled = image.format == "PPM" and not _has_16_bits(image)  # Pillow has scaled its greatest value to 65535
     inverted = image.format == "TIFF" and _tiff_tag(image, _TIFF_PHOTOMETRIC) == (0,)
     _turn_upright(image)
     values = np.asarray(image).astype(np.uint16)
     if image.has_transparency_data and (values == image.info["transparency"]).any():
         raise _transparent(path)
-    # A PGM of another greatest value than 65535 comes from Pillow scaled to that.
-    white = _white(values, depth, path, standard=image.format == "PNG") if ambiguous else _WHITE
+    white = _WHITE if scaled else _white(values, depth, path, standard=image.format == "PNG")
     grey = values.astype(np.float32) / np.float32(white)
     return 1 - grey if inverted else grey
 
 
-def _told_depth(image: Image.Image, path: Path | str) -> int:
+def _told_depth(image: ImageFile.ImageFile, path: Path | str) -> int:
     """Return the bits per pixel that a grey file tells, 16 if it tells nothing else."""
     if image.format == "PNG":
-        return dict(_png_chunks(path)).get(b"sBIT", b"\x10")[0]
-    depth = _tiff_tag(image, _TIFF_BITS)[0] or 16
-    greatest = _tiff_tag(image, _TIFF_GREATEST_VALUE)[0]
-    # Other values than 2^n - 1 are the greatest one in this picture, not the greatest possible.
-    return min(depth, greatest.bit_length()) if greatest > 0 and greatest & (greatest + 1) == 0 else depth
+        depth = dict(_png_chunks(path)).get(b"sBIT", b"\x10")[0]
+    else:
+        depth = _tiff_tag(image, _TIFF_BITS)[0]
+        greatest = _tiff_tag(image, _TIFF_GREATEST_VALUE)[0]
+        # Other values than 2^n - 1 are the greatest one in this picture, not the greatest possible.
+        if greatest >= 255 and greatest & (greatest + 1) == 0:
+            depth = min(depth, greatest.bit_length())
+    return depth if 0 < depth <= 16 else 16
 
 
 def _white(values: npt.NDArray[np.uint16], depth: int, path: Path | str, *, standard: bool) -> int:
@@ -347,27 +352,25 @@ def _white(values: npt.NDArray[np.uint16], depth: int, path: Path | str, *, stan
     if top > full:
         if standard:
             return _WHITE
-        msg = (
-            f"{path}: tells {depth} bits per pixel but has values up to {top}. Save it as plain 16-bit or 8-bit image."
-        )
-        raise _Refusal(msg)
+        msg = f"{path}: tells {depth} bits per pixel but has values up to {top}. Save it in 16 or 8 bits."
+        raise _RefusedError(msg)
     # Spread values below 2^depth have no more than a rounding error in their low bits.
     if standard and not ((values & (2 ** (16 - depth) - 1)) > 1).any():
         msg = (
-            f"{path}: 16-bit PNG with an sBIT chunk of {depth} bits and no value above {top}: either dark or not spread "
-            "over 16 bits as PNG asks for. Save it with values up to 65535 for white, or in 8 bits."
+            f"{path}: 16-bit PNG with an sBIT chunk of {depth} bits and no value above {top}: either dark, or not "
+            "spread over 16 bits as PNG asks for. Save it with values up to 65535 for white, or in 8 bits."
         )
-        raise _Refusal(msg)
+        raise _RefusedError(msg)
     return full
 
 
-def _unknown_depth(path: Path | str) -> _Refusal:
-    return _Refusal(
-        f"{path}: 16-bit image with no value above {_WHITE_OF_12_BITS}, which looks like 12 bits in 16: its white is not "
-        "known. Save it with values up to 65535 for white, or in 8 bits, or let the file tell its depth (TIFF: "
-        "MaxSampleValue 4095)."
+def _unknown_depth(path: Path | str) -> _RefusedError:
+    return _RefusedError(
+        f"{path}: 16-bit image with no value above {_WHITE_OF_12_BITS}, which looks like 12 bits in 16: its white is "
+        "not known. Save it with values up to 65535 for white, or in 8 bits; a grey TIFF may tell its depth in the tag "
+        "MaxSampleValue (4095 for 12 bits)."
     )
 
 
-def _transparent(path: Path | str) -> _Refusal:
-    return _Refusal(f"{path}: has transparent pixels, whose colour is not known. Flatten it on a background.")
+def _transparent(path: Path | str) -> _RefusedError:
+    return _RefusedError(f"{path}: has transparent pixels, whose colour is not known. Flatten it on a background.")
