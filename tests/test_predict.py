@@ -508,6 +508,19 @@ def test_images_turned_by_exif_score_as_upright_ones(trained: UniAS, grey: Path,
     np.testing.assert_allclose(*panels, atol=2)
 
 
+def test_pictures_of_16_bit_images_of_a_datamodule_are_not_white(trained: UniAS, parts: Path, tmp_path: Path) -> None:
+    root = tmp_path / "parts"
+    shutil.copytree(parts / "bolt", root / "bolt")
+    for source in (root / "bolt/test").rglob("*.png"):
+        Image.fromarray(np.asarray(Image.open(source).convert("L")).astype(np.uint16) * 257).save(source)
+    run = engine(tmp_path / "run")
+    run.test(trained, datamodule=Unified(root=root, eval_batch_size=4, num_workers=0))
+    folder = Path(run.trainer.default_root_dir) / "images"
+    drawn = sorted(path for path in folder.rglob("*.png"))
+    assert len(drawn) == 4
+    assert all(left_panel(path).mean() < 200 for path in drawn)
+
+
 def test_files_that_cannot_be_read_right_are_named_before_the_first_is_predicted(
     trained: UniAS, twins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
