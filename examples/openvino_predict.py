@@ -29,7 +29,7 @@ def read(path: Path) -> np.ndarray:
     image = Image.open(io.BytesIO(data))
     mode, coding, tags = image.mode, str(image.tile[:1]), getattr(image, "tag_v2", {})
     deep = any(mark in coding for mark in (";16", "SGI16", " 65535)")) or np.max(tags.get(258, 8)) > 8
-    grey = deep and mode.startswith("I;16") and image.format in ("PNG", "TIFF")
+    grey = mode.startswith({"PNG": "I", "TIFF": "I;16"}.get(image.format, "no other"))
     # A depth that the file tells by sBIT or MaxSampleValue, white as zero, a plane for each colour.
     special = b"sBIT" in data[: data.find(b"IDAT")] or tags.get(262) == 0 or 281 in tags or tags.get(284) == 2
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a phone's photograph comes first
@@ -37,7 +37,7 @@ def read(path: Path) -> np.ndarray:
     if not grey and mode not in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "PA", "RGBA"):
         raise ValueError(f"no defined white in {image.format} of Pillow's mode {mode}; save it as 8-bit or 16-bit PNG")
     ImageOps.exif_transpose(image, in_place=True)
-    keyed = ";" in coding and mode in ("L", "RGB", "I;16")  # a colour key that Pillow compares with other values
+    keyed = ";" in coding and (grey or mode in ("L", "RGB"))  # a colour key that Pillow compares with other values
     if image.has_transparency_data and (keyed or image.convert("RGBA").getchannel("A").getextrema()[0] < 255):
         raise ValueError("transparent pixels; flatten it on a background")
     pixels = np.asarray(image if grey else image.convert("RGB"), dtype=np.float32) / (65535 if grey else 255)
