@@ -339,6 +339,21 @@ def test_example_names_what_a_category_needs(export: Callable[[str], Path], fold
     assert result.returncode == 1 and "category_thresholds.json" in result.stderr
 
 
+def test_example_reads_16_bits_and_refuses_by_name(export: Callable[[str], Path], folder: Path, tmp_path: Path) -> None:
+    grey = np.asarray(Image.open(folder / "incoming" / "brick0.png").convert("L"))
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    result = run_example(export("float32"), tmp_path / "8.png", tmp_path / "16.png", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    shallow, deep = (float(line.split()[2]) for line in result.stdout.splitlines())
+    assert deep == pytest.approx(shallow, abs=2e-6)
+    heatmaps = [np.asarray(Image.open(next((tmp_path / "out").glob(f"*_{n}_heatmap.png")))) for n in (8, 16)]
+    assert np.abs(heatmaps[0].astype(int) - heatmaps[1]).max() <= 1 and heatmaps[0].std() > 5
+    Image.fromarray(grey.astype(np.uint16) * 16).save(tmp_path / "12.png")
+    result = run_example(export("float32"), tmp_path / "12.png")
+    assert result.returncode == 1 and "12.png: unknown bit depth" in result.stderr
+
+
 # --- What an export refuses, before the long conversion ---
 
 

@@ -108,6 +108,7 @@ ALLOWED = {
     "components": ("components",),
     "metrics": ("metrics",),
     "data": ("data", "metrics"),
+    "prediction": ("prediction", "data", "components"),
 }
 
 

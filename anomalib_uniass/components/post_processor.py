@@ -159,12 +159,16 @@ class CategoryThresholdPostProcessor(PostProcessor):
         """Normalise scores ``(B,)`` and maps ``(B, 1, H, W)`` or ``(B, H, W)``, each by its category's threshold."""
         count = len(cast("Tensor", batch.pred_score))
         images, pixels = self.image_threshold.repeat(count), self.pixel_threshold.repeat(count)
-        for row, category in enumerate(self._categories(batch, default=None)):
+        for row, category in enumerate(self.categories(batch)):
             if self.calibration is not None and category in self.calibration["image"]:
                 images[row] = self.calibration["image"][category]
                 pixels[row] = self.calibration["pixel"][category]
         batch.pred_score = self._scale(batch.pred_score, images)
         batch.anomaly_map = self._scale(batch.anomaly_map, pixels)
+
+    def categories(self, batch: ImageBatch) -> list[str | None]:
+        """Return the category of each image of a batch, None where it is unknown."""
+        return self._categories(batch, default=None)
 
     def exported_thresholds(self) -> dict[str, Any] | None:
         """Return the thresholds of all categories in the units of exported outputs, None without a calibration.

@@ -21,6 +21,7 @@ from anomalib_uniass.components.pre_processor import AntialiasedPreProcessor
 from anomalib_uniass.components.recomputation import recomputation
 from anomalib_uniass.metrics import CategoryMetricsCallback
 from anomalib_uniass.models.export import ExportMixin
+from anomalib_uniass.prediction import PredictionMixin
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ STATISTICS_BATCHES = 100
 LRSchedule = Literal["step", "onecycle"]
 
 
-class ReconstructionMixin(ExportMixin):
+class ReconstructionMixin(PredictionMixin, ExportMixin):
     """Training, checkpoints and export of a frozen backbone with a trainable reconstruction network.
 
     Expects of the class it is mixed into: ``self.model`` with ``backbone``, ``standardization`` and ``reconstruct``;
@@ -62,8 +63,7 @@ class ReconstructionMixin(ExportMixin):
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Put the per-category metrics before anomalib's callbacks: they need maps that are not normalised yet."""
-        callbacks = super().configure_callbacks()
-        return [CategoryMetricsCallback(), *(callbacks if isinstance(callbacks, Sequence) else [callbacks])]
+        return [CategoryMetricsCallback(), *super().configure_callbacks()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and the chosen schedule."""

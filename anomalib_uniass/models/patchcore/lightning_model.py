@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from anomalib_uniass.components.backbone import FeaturePyramid
 from anomalib_uniass.models.patchcore.coreset import PatchSample, k_center_greedy
 from anomalib_uniass.models.reconstruction import ReconstructionMixin, parse_image_size
+from anomalib_uniass.prediction import PredictionMixin
 
 BANK_TAPS = (2, 3)  # strides 8 and 16, as layer2 and layer3 of the paper's WideResNet-50
 
 
-class BoundedPatchcore(Patchcore, AnomalibModule):  # type: ignore[misc]  # signatures of anomalib and Lightning
+class BoundedPatchcore(PredictionMixin, Patchcore, AnomalibModule):  # type: ignore[misc]  # signatures of anomalib and Lightning
     """Patchcore (Roth et al., CVPR 2022, arXiv 2106.08265) whose memory and time do not grow with the dataset.
 
     anomalib's Patchcore keeps every patch of the training set before it chooses its memory bank: 16 GiB for MVTec AD as
@@ -41,7 +42,7 @@ class BoundedPatchcore(Patchcore, AnomalibModule):  # type: ignore[misc]  # sign
         pre_processor: Pre-processor, or True for resize and normalisation with the backbone's statistics.
         post_processor: Post-processor, or True for anomalib's.
         evaluator: Evaluator, or True for anomalib's.
-        visualizer: Visualizer, or True for anomalib's.
+        visualizer: Visualizer, or True for :class:`~anomalib_uniass.prediction.PathVisualizer`.
 
     Raises:
         ValueError: If not ``1 <= coreset_size <= max_patches``, or for the reasons of

@@ -47,7 +47,7 @@ class UniAD(ReconstructionMixin, AnomalibModule):
             thresholds, one for all categories by the best F1 score on the validation labels, give
             :class:`anomalib.post_processing.PostProcessor`.
         evaluator: Evaluator, or True for anomalib's. The per-category metrics of this package come beside it.
-        visualizer: Visualizer, or True for anomalib's.
+        visualizer: Visualizer, or True for :class:`~anomalib_uniass.prediction.PathVisualizer`.
 
     Raises:
         ValueError: If sizes or choices do not fit together; the message says which.

@@ -82,7 +82,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             thresholds, one for all categories by the best F1 score on the validation labels, give
             :class:`~anomalib_uniass.models.unias.post_processor.ProductMapPostProcessor`.
         evaluator: Evaluator, or True for anomalib's. The per-category metrics of this package come beside it.
-        visualizer: Visualizer, or True for anomalib's.
+        visualizer: Visualizer, or True for :class:`~anomalib_uniass.prediction.PathVisualizer`.
 
     Raises:
         ValueError: If sizes or choices do not fit together; the message says which.
