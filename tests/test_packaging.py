@@ -106,9 +106,9 @@ OWN = "anomalib_uniass."
 # part of the package -> parts of the package that it may import
 ALLOWED = {
     "components": ("components",),
-    "metrics": ("metrics",),
-    "data": ("data", "metrics"),
-    "prediction": ("prediction", "data", "components"),
+    "metrics": ("metrics", "files"),
+    "data": ("data", "metrics", "files"),
+    "prediction": ("prediction", "data", "components", "files"),
 }
 
 

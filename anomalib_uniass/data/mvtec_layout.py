@@ -7,14 +7,14 @@ import logging
 import mimetypes
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Final
 
 import pandas as pd
 from anomalib.data import AnomalibDataset, MVTecAD
 from anomalib.data.utils import LabelName, Split
-from PIL import Image
+
+from anomalib_uniass.data.images import image_suffixes
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +54,6 @@ def _dataset(samples: pd.DataFrame, split: Split) -> AnomalibDataset:
     dataset = AnomalibDataset()
     dataset.samples = samples[samples["split"] == split.value].reset_index(drop=True)
     return dataset
-
-
-@cache
-def image_suffixes() -> frozenset[str]:
-    """Return the endings of files that Pillow opens, in lower case and with their dot."""
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN)
 
 
 def is_hidden(path: Path) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
+from anomalib_uniass.files import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ def write_thresholds(post_processor: nn.Module | None, folder: Path) -> str | No
         path.unlink(missing_ok=True)  # of an earlier export
         return None
     text = json.dumps(thresholds)
-    path.write_text(text + "\n", encoding="utf-8")
+    replace_text(path, text + "\n")
     return text
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from anomalib_uniass.components.distribution import keep_constants_local
 from anomalib_uniass.components.pre_processor import AntialiasedPreProcessor
 from anomalib_uniass.components.recomputation import recomputation
 from anomalib_uniass.metrics import CategoryMetricsCallback
@@ -77,6 +78,12 @@ class ReconstructionMixin(PredictionMixin, ExportMixin):
         steps = int(self.trainer.estimated_stepping_batches)
         one_cycle = OneCycleLR(optimizer, max_lr=self.hparams["learning_rate"], total_steps=steps, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": one_cycle, "interval": "step"}}
+
+    def setup(self, stage: str) -> None:
+        """Spare a distributed training the constants."""
+        super().setup(stage)
+        if self.trainer.world_size > 1:
+            keep_constants_local(self, frozen=[self.model.backbone])
 
     def on_fit_start(self) -> None:
         """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them."""

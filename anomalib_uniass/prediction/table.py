@@ -15,11 +15,13 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import ExifTags, Image
-from torch import Tensor, distributed
+from torch import Tensor
 from torchvision.transforms.v2 import CenterCrop, Compose
 
+from anomalib_uniass.components.distribution import of_all_processes
 from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
 from anomalib_uniass.data.images import is_misread
+from anomalib_uniass.files import replacing
 from anomalib_uniass.prediction.names import current_datasets, given_folder, name_below
 
 logger = logging.getLogger(__name__)
@@ -101,7 +103,8 @@ class PredictionTable(Callback):
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the rows of all processes and write them."""
         del pl_module
-        rows, self._rows = _of_all_processes(self._rows), {}
+        rows = {path: row for part in of_all_processes(self._rows) for path, row in part.items()}
+        self._rows = {}
         if not trainer.is_global_zero:
             return
         file = Path(trainer.default_root_dir) / PREDICTIONS
@@ -177,21 +180,10 @@ def _crops(pre_processor: object) -> bool:
     return any(isinstance(step, CenterCrop) for step in steps)
 
 
-def _of_all_processes(rows: dict[str, Row]) -> dict[str, Row]:
-    """Join the rows of the processes of a distributed run by the paths of their images."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return rows
-    parts: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(parts, rows)
-    return {path: row for part in parts for path, row in part.items()}
-
-
 def _write(rows: list[Row], file: Path) -> None:
-    """Write beside the file and put it in its place, so that a broken run leaves the whole old one."""
+    """Write the table."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".tmp")
-    with beside.open("w", newline="", encoding="utf-8") as stream:
+    with replacing(file) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(Row._fields)
         writer.writerows(rows)
-    beside.replace(file)
