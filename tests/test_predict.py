@@ -2,6 +2,7 @@
 """`anomalib predict`: images read right, a picture of each, and the table."""
 
 import csv
+import errno
 import json
 import logging
 import shutil
@@ -28,7 +29,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from anomalib_uniass import BoundedPatchcore, UniAD, UniAS, Unified
 from anomalib_uniass.components.pre_processor import PreProcessor
-from anomalib_uniass.prediction import PathVisualizer, PredictionTable
+from anomalib_uniass.prediction import PathVisualizer, PredictionTable, table
 from anomalib_uniass.prediction.names import name_below
 from anomalib_uniass.prediction.table import MOST_REGIONS, Row, _regions
 from tests.helpers.datasets import make_mvtec_layout
@@ -254,17 +255,22 @@ def test_images_without_a_file(trained: UniAS, tmp_path: Path, caplog: pytest.Lo
 
 
 def test_unwritable_table_is_told_and_leaves_the_old_one(
-    trained: UniAS, twins: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trained: UniAS, twins: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = engine(tmp_path)
     run.predict(trained, data_path=twins / "bolt")
     folder = Path(run.trainer.default_root_dir)
     old = rows(folder)
-    (folder / "predictions.tmp").mkdir()  # even root cannot open it
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(table.csv, "writer", full)
     with caplog.at_level(logging.WARNING):
         assert len(run.predict(trained, data_path=twins)) == 4
     assert "predictions could not be saved" in caplog.text
     assert rows(folder) == old
+    assert not list(folder.glob(".*"))
 
 
 def test_broken_run_leaves_the_old_table(trained: UniAS, twins: Path, tmp_path: Path) -> None:
