@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 GRADIENT_CLIP = 0.1
 STATISTICS_BATCHES = 100
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+"""What the trainer may compute in: anomalib's batches hold float32 images, whatever the weights are."""
+
 LRSchedule = Literal["step", "onecycle"]
 
 
@@ -77,6 +80,21 @@ class ReconstructionMixin(ExportMixin):
         steps = int(self.trainer.estimated_stepping_batches)
         one_cycle = OneCycleLR(optimizer, max_lr=self.hparams["learning_rate"], total_steps=steps, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": one_cycle, "interval": "step"}}
+
+    def setup(self, stage: str) -> None:
+        """Refuse precisions that have weights of another type than the images, before anything is converted.
+
+        Raises:
+            ValueError: If the trainer's precision is not one of `PRECISIONS`.
+        """
+        super().setup(stage)
+        if (precision := str(self.trainer.precision)) not in PRECISIONS:
+            msg = (
+                f"{type(self).__name__} takes the trainer's precision {', '.join(PRECISIONS)}, got {precision}: its "
+                "images are float32, so the weights must be. Mixed precision has the speed of the half one: "
+                "--trainer.precision bf16-mixed (precision of Engine)."
+            )
+            raise ValueError(msg)
 
     def on_fit_start(self) -> None:
         """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them."""
