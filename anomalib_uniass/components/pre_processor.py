@@ -50,10 +50,14 @@ def antialiased_resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _triangle_filter(axis: Tensor, size: int) -> Tensor:
-    """Return the weights ``(size, n)`` that resample an axis of n pixels; tensors only, for n may be symbolic."""
-    positions = torch.ones_like(axis).cumsum(0) - 0.5
-    scale = (positions[-1] + 0.5) / size
-    centers = (torch.arange(size, dtype=axis.dtype, device=axis.device) + 0.5) * scale
-    support = scale.clamp_min(1)
-    weights = (1 - (positions - centers[:, None]).abs() / support).clamp_min(0)
+    """Return the weights ``(size, n)`` that resample an axis of n pixels; tensors only, for n may be symbolic.
+
+    Whole numbers up to the division: positions such as 300.5 do not exist in bfloat16, which OpenVINO computes in by
+    itself on many CPUs.
+    """
+    ordinals = torch.ones_like(axis, dtype=torch.int64).cumsum(0)
+    count = ordinals[-1]
+    centers = count * (2 * torch.arange(size, device=axis.device) + 1)
+    distances = (size * (2 * ordinals - 1) - centers[:, None]).abs()  # in units of half a pixel over `size`
+    weights = (2 * count.clamp_min(size) - distances).clamp_min(0).to(axis.dtype)
     return weights / weights.sum(dim=1, keepdim=True)

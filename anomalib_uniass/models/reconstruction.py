@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 GRADIENT_CLIP = 0.1
 STATISTICS_BATCHES = 100
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+"""What the trainer may compute in: anomalib's batches hold float32 images, whatever the weights are."""
+
 LRSchedule = Literal["step", "onecycle"]
 
 
@@ -80,8 +83,19 @@ class ReconstructionMixin(PredictionMixin, ExportMixin):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": one_cycle, "interval": "step"}}
 
     def setup(self, stage: str) -> None:
-        """Spare a distributed training the constants."""
+        """Refuse precisions that have weights of another type than the images; spare a distributed run the constants.
+
+        Raises:
+            ValueError: If the trainer's precision is not one of `PRECISIONS`.
+        """
         super().setup(stage)
+        if (precision := str(self.trainer.precision)) not in PRECISIONS:
+            msg = (
+                f"{type(self).__name__} takes the trainer's precision {', '.join(PRECISIONS)}, got {precision}: its "
+                "images are float32, so the weights must be. Mixed precision has the speed of the half one: "
+                "--trainer.precision bf16-mixed (precision of Engine)."
+            )
+            raise ValueError(msg)
         if self.trainer.world_size > 1:
             keep_constants_local(self, frozen=[self.model.backbone])
 

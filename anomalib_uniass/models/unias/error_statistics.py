@@ -8,6 +8,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_uniass.components.execution import full_precision, widen
 from anomalib_uniass.components.folding import FoldingModule
 
 WINDOW = 100
@@ -90,8 +91,10 @@ class ErrorStatistics(FoldingModule):
 
     def kinds(self, coarsest: Tensor) -> Tensor:
         """Return the nearest prototype of coarsest features: ``(B, C, h, w) -> (B,)``."""
-        points = coarsest.mean((2, 3)).float() / self.scale
-        return (self.centers.square().sum(1) - 2 * points @ self.centers.T).argmin(dim=1)
+        centers = widen(self.centers)
+        with full_precision(coarsest):
+            points = widen(coarsest).mean((2, 3)).to(centers.dtype) / self.scale
+            return (centers.square().sum(1) - 2 * points @ centers.T).argmin(dim=1)
 
     @torch.no_grad()
     def update(self, reconstructions: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
@@ -116,8 +119,9 @@ class ErrorStatistics(FoldingModule):
 
     def whiten(self, level: int, features: Tensor, kinds: Tensor) -> Tensor:
         """Multiply features of a level by S^(-1/2) of their kinds: ``(B, C_j, H, W), (B,) -> (B, C_j, H, W)``."""
-        matrices = self.get_buffer(f"whitening_{level}")[kinds]
-        return (matrices @ features.flatten(2)).unflatten(2, features.shape[2:])
+        matrices = widen(self.get_buffer(f"whitening_{level}")[kinds])
+        with full_precision(features):
+            return (matrices @ features.flatten(2).to(matrices.dtype)).unflatten(2, features.shape[2:])
 
     def fold(self) -> tuple[Tensor, ...]:
         """Return S^(-1/2) of every level, ``(K, C_j, C_j)``, and the exponents of the levels' distances, ``(K, L)``.
