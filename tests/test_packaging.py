@@ -106,8 +106,8 @@ OWN = "anomalib_uniass."
 # part of the package -> parts of the package that it may import
 ALLOWED = {
     "components": ("components",),
-    "metrics": ("metrics",),
-    "data": ("data", "metrics"),
+    "metrics": ("metrics", "files"),
+    "data": ("data", "metrics", "files"),
 }
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 
+from anomalib_uniass.files import replacing
+
 
 class WholeCheckpointIO(AnomalibCheckpointIO):
     """anomalib's reader and writer of checkpoints, which replaces a file by a whole one only.
@@ -24,12 +26,6 @@ class WholeCheckpointIO(AnomalibCheckpointIO):
         if "://" in str(path):  # object storage shows whole objects only
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        target = Path(path)
-        part = target.with_name(f".{target.name}.part")
-        try:
-            super().save_checkpoint(checkpoint, part, storage_options)
-            part.replace(target)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            msg = f"Cannot write the checkpoint {target}: {error.strerror or error}. An earlier one there is as it was."
-            raise OSError(error.errno, msg) from error
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(Path(path)) as draft:
+            super().save_checkpoint(checkpoint, draft, storage_options)

@@ -5,7 +5,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
@@ -30,6 +30,14 @@ CALIBRATE = (
 )
 
 
+class _GoodImage(NamedTuple):
+    """What validation keeps of a good image: its path or "", its score and the histogram of its map."""
+
+    path: str
+    score: float
+    histogram: Tensor
+
+
 class CategoryThresholdPostProcessor(PostProcessor):
     """Thresholds of each category at chosen false-positive rates, from the good validation images.
 
@@ -37,7 +45,8 @@ class CategoryThresholdPostProcessor(PostProcessor):
     sets the thresholds at its end, see :mod:`anomalib_uniass.components.calibration`. To resolve an image rate r takes
     1 / r - 1 good validation images of the category, 99 for 1 %; with fewer the spread is borrowed from all categories
     and a warning says so. The thresholds are as good as these images are new to the model and like those to come:
-    :class:`~anomalib_uniass.data.Unified` holds them out of training by default.
+    :class:`~anomalib_uniass.data.Unified` holds them out of training by default. A distributed validation joins the
+    images of all processes; those that the sampler repeats, known by their path, count once.
 
     Scores and map values x >= 0 with threshold t become x^gamma / (x^gamma + t^gamma): in [0, 1), 0.5 at the threshold
     as everywhere in anomalib, in the order of x, and without the clamping of anomalib's own. Predicted labels and masks
@@ -81,7 +90,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
         self.gamma = gamma
         self.calibration: dict[str, Any] | None = None
         self.categories: list[str] = []
-        self._good: dict[str, list[tuple[float, Tensor]]] = defaultdict(list)
+        self._good: dict[str, list[_GoodImage]] = defaultdict(list)
         self._category_of_path: dict[str, str] = {}
         self._default_category = "all"
         self._not_finite = 0
@@ -165,12 +174,12 @@ class CategoryThresholdPostProcessor(PostProcessor):
         scores = outputs.pred_score.flatten().tolist()
         categories = self._categories(outputs, default=self._default_category)
         anomalous = [False] * len(scores) if outputs.gt_label is None else outputs.gt_label.flatten().tolist()
-        rows = zip(categories, scores, histograms, anomalous, finite, strict=True)
-        for category, score, histogram, is_anomalous, is_finite in rows:
+        images = map(_GoodImage, _paths(outputs), scores, histograms)
+        for category, image, is_anomalous, is_finite in zip(categories, images, anomalous, finite, strict=True):
             if not is_finite:
                 self._not_finite += 1
             elif not is_anomalous:
-                self._good[cast("str", category)].append((score, histogram))
+                self._good[cast("str", category)].append(image)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the thresholds of all categories, and the fallback to the highest of them."""
@@ -182,8 +191,8 @@ class CategoryThresholdPostProcessor(PostProcessor):
             logger.warning("No good images in the validation set: the thresholds stay as they are.")
             return
         self._is_calibrated_anew = True
-        scores = {category: torch.tensor([score for score, _ in images]) for category, images in good.items()}
-        histograms = {category: torch.stack([counts for _, counts in images]) for category, images in good.items()}
+        scores = {category: torch.tensor([image.score for image in images]) for category, images in good.items()}
+        histograms = {category: torch.stack([image.histogram for image in images]) for category, images in good.items()}
         self.calibration = {
             "image": image_thresholds(scores, self.image_fpr),
             "pixel": pixel_thresholds(histograms, self.pixel_fpr),
@@ -290,8 +299,8 @@ class CategoryThresholdPostProcessor(PostProcessor):
 
     def _categories(self, batch: ImageBatch, *, default: str | None) -> list[str | None]:
         """Return the category of each image of a batch."""
-        paths = batch.image_path or [""] * len(cast("Tensor", batch.pred_score))
-        return [self._category_of_path.get(str(path)) or self._category_of_folder(path) or default for path in paths]
+        paths = _paths(batch)
+        return [self._category_of_path.get(path) or self._category_of_folder(path) or default for path in paths]
 
     def _category_of_folder(self, path: str | Path) -> str | None:
         """Return the nearest folder above a file that is named like a calibrated category."""
@@ -351,14 +360,24 @@ def _are_finite(batch: ImageBatch) -> Tensor:
     return finite if maps is None else finite & maps.flatten(1).isfinite().all(1)
 
 
-def _of_all_processes(good: dict[str, list[tuple[float, Tensor]]]) -> dict[str, list[tuple[float, Tensor]]]:
-    """Join what the processes of a distributed run kept."""
+def _paths(batch: ImageBatch) -> list[str]:
+    """Return the path of each image of a batch, "" where it has none."""
+    return [str(path) for path in batch.image_path or [""] * len(cast("Tensor", batch.pred_score))]
+
+
+def _of_all_processes(good: dict[str, list[_GoodImage]]) -> dict[str, list[_GoodImage]]:
+    """Join what the processes of a distributed run kept, without images that an earlier process has too.
+
+    The sampler repeats images until every process has equally many; a process by itself gets no repeats.
+    """
     if not (distributed.is_available() and distributed.is_initialized()):
         return dict(good)
     parts: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(parts, dict(good))
-    joined: dict[str, list[tuple[float, Tensor]]] = defaultdict(list)
+    joined: dict[str, list[_GoodImage]] = defaultdict(list)
+    seen: set[str] = set()
     for part in parts:
         for category, images in part.items():
-            joined[category] += images
+            joined[category] += [image for image in images if image.path not in seen]
+        seen |= {image.path for images in part.values() for image in images if image.path}
     return dict(joined)

@@ -29,6 +29,7 @@ from anomalib_uniass.components.post_processor import (
     missing_thresholds,
     warn,
 )
+from anomalib_uniass.files import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +250,7 @@ def write_thresholds(post_processor: nn.Module | None, folder: Path) -> None:
     """Write the thresholds of an exported model beside it, if there are any."""
     thresholds = exported_thresholds(post_processor)
     if thresholds is not None:
-        (folder / f"{THRESHOLDS}.json").write_text(thresholds + "\n", encoding="utf-8")
+        replace_text(folder / f"{THRESHOLDS}.json", thresholds + "\n")
 
 
 def calibration_images(datamodule: AnomalibDataModule) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from anomalib_uniass.components.distribution import keep_constants_local
 from anomalib_uniass.components.pre_processor import AntialiasedPreProcessor
 from anomalib_uniass.components.recomputation import recomputation
 from anomalib_uniass.components.seeding import random_states, set_random_states
@@ -140,9 +141,11 @@ class ReconstructionMixin(CompleteRunMixin, ExportMixin):
         )
 
     def setup(self, stage: str) -> None:
-        """Forget what an earlier training went on from."""
+        """Forget what an earlier training went on from; spare a distributed training the constants."""
         super().setup(stage)
         self._resumed = {} if stage == "fit" else None
+        if self.trainer.world_size > 1:
+            keep_constants_local(self, frozen=[self.model.backbone])
 
     def on_train_epoch_start(self) -> None:
         """Go on with the random numbers where the next epoch draws its order anew."""

@@ -30,7 +30,7 @@ from anomalib_uniass.components.calibration import (
     map_histograms,
     pixel_thresholds,
 )
-from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor, _of_all_processes
+from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor, _GoodImage, _of_all_processes
 from anomalib_uniass.models.unias.post_processor import ProductMapPostProcessor
 from tests.helpers.datasets import make_mvtec_layout
 
@@ -258,18 +258,26 @@ def test_rates_and_exponent_are_checked(arguments: dict[str, float]) -> None:
 
 def gather(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    good = {"bolt": [(float(rank), torch.tensor([rank]))]} | ({"cap": [(5.0, torch.tensor([5]))]} if rank else {})
-    joined = _of_all_processes(good)
+    counts = torch.tensor([rank])
+    listed_twice = [_GoodImage("/bolt/0.png", 0.0, counts), _GoodImage("/bolt/0.png", 0.0, counts)]
+    parts = [
+        {"bolt": [*listed_twice, _GoodImage("", 0.25, counts)]},
+        {
+            "bolt": [_GoodImage("/bolt/1.png", 1.0, counts), _GoodImage("/bolt/0.png", 0.0, counts)],  # a repeat
+            "cap": [_GoodImage("/cap/0.png", 5.0, counts), _GoodImage("", 6.0, counts)],
+        },
+    ]
+    joined = _of_all_processes(parts[rank])
     Path(folder, str(rank)).write_text(
-        json.dumps({name: [score for score, _ in rows] for name, rows in joined.items()})
+        json.dumps({name: [image.score for image in images] for name, images in joined.items()})
     )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-def test_processes_calibrate_on_the_images_of_all(tmp_path: Path) -> None:
+def test_processes_calibrate_on_the_images_of_all_without_repeats_of_the_sampler(tmp_path: Path) -> None:
     multiprocessing.start_processes(gather, args=(str(tmp_path),), nprocs=2, start_method="fork")
     for rank in ("0", "1"):
-        assert json.loads((tmp_path / rank).read_text()) == {"bolt": [0.0, 1.0], "cap": [5.0]}
+        assert json.loads((tmp_path / rank).read_text()) == {"bolt": [0.0, 0.0, 0.25, 1.0], "cap": [5.0, 6.0]}
 
 
 # --- Checkpoint, prediction, export ----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from anomalib_uniass.components.backbone import FeaturePyramid
@@ -24,7 +25,8 @@ class BoundedPatchcore(Patchcore, AnomalibModule):  # type: ignore[misc]  # sign
 
     anomalib's Patchcore keeps every patch of the training set before it chooses its memory bank: 16 GiB for MVTec AD as
     one. This one keeps a uniform random sample of all patches, and chooses a bank of fixed size from that. The backbone
-    is that of UniAS, with the same weights and normalisation; everything else is anomalib's.
+    is that of UniAS, with the same weights and normalisation; everything else is anomalib's. It is fitted in one
+    process, as anomalib's: its engine takes one device, and a distributed ``strategy`` is refused.
 
     Args:
         backbone: timm name of the frozen backbone; its strides 8 and 16 are compared.
@@ -93,6 +95,22 @@ class BoundedPatchcore(Patchcore, AnomalibModule):  # type: ignore[misc]  # sign
         self.coreset_size = coreset_size
         self.seed = seed
         self._sample: PatchSample | None = None
+
+    def setup(self, stage: str) -> None:
+        """Refuse to fit with several processes.
+
+        Raises:
+            ValueError: If a distributed strategy would fit the model; it may test it.
+        """
+        super().setup(stage)
+        strategy = self.trainer.strategy
+        if stage == "fit" and isinstance(strategy, ParallelStrategy):
+            msg = (
+                f"{type(self).__name__} is fitted in one process: it trains nothing, and chooses one memory bank from "
+                f"all images. The trainer has the strategy {type(strategy).__name__} with {strategy.world_size} "
+                "process(es). Leave `strategy` out (--trainer.strategy auto), and give one device."
+            )
+            raise ValueError(msg)
 
     def on_fit_start(self) -> None:
         """Start a new sample of patches."""
