@@ -2,13 +2,15 @@
 """What the reconstruction models of this package share as anomalib models."""
 
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from anomalib import LearningType
 from anomalib.data import ImageBatch
+from anomalib.metrics import AnomalibMetric, Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback
@@ -20,7 +22,9 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from anomalib_uniass.components.distribution import keep_constants_local
 from anomalib_uniass.components.pre_processor import AntialiasedPreProcessor
 from anomalib_uniass.components.recomputation import recomputation
+from anomalib_uniass.components.seeding import random_states, set_random_states
 from anomalib_uniass.metrics import CategoryMetricsCallback
+from anomalib_uniass.models.complete_run import CompleteRunMixin
 from anomalib_uniass.models.export import ExportMixin
 from anomalib_uniass.prediction import PredictionMixin
 
@@ -35,12 +39,16 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 LRSchedule = Literal["step", "onecycle"]
 
 
-class ReconstructionMixin(PredictionMixin, ExportMixin):
+class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
     """Training, checkpoints and export of a frozen backbone with a trainable reconstruction network.
 
-    Expects of the class it is mixed into: ``self.model`` with ``backbone``, ``standardization`` and ``reconstruct``;
-    ``self.loss`` that takes what ``reconstruct`` returns; and the constructor arguments ``learning_rate``,
+    Expects of the class it is mixed into: ``self.model`` with ``backbone``, ``standardization``, ``reconstruct`` and
+    ``detect``; ``self.loss`` that takes what ``reconstruct`` returns; and the constructor arguments ``learning_rate``,
     ``weight_decay``, ``lr_schedule``, ``lr_step_epochs``, ``max_epochs``, ``pre_trained`` and ``weights``.
+
+    A run that goes on from a checkpoint of the end of an epoch draws the random numbers that it would have drawn, on
+    one device, so that it ends as if it had never stopped. From a checkpoint within an epoch (``val_check_interval``,
+    ``every_n_train_steps``) it does not: Lightning keeps the number of batches that were seen, not their order.
     """
 
     model: Any
@@ -48,6 +56,10 @@ class ReconstructionMixin(PredictionMixin, ExportMixin):
     """Whether training computes cheap activations again in the backward pass instead of keeping them."""
     architecture: ClassVar[tuple[str, ...]]
     """Constructor arguments that a checkpoint must agree with."""
+    optimization = ("lr_schedule", "lr_step_epochs", "learning_rate", "weight_decay")
+    """Constructor arguments that a run which goes on takes from the checkpoint, in its optimizer and its schedule."""
+    _resumed: dict[str, Any] | None = None
+    """What a training goes on from: None outside of a training, empty in one that starts anew."""
 
     @staticmethod
     def configure_pre_processor(
@@ -69,8 +81,22 @@ class ReconstructionMixin(PredictionMixin, ExportMixin):
         """Put the per-category metrics before anomalib's callbacks: they need maps that are not normalised yet."""
         return [CategoryMetricsCallback(), *super().configure_callbacks()]
 
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Return anomalib's metrics, which leave out images without a decision: there may be no thresholds."""
+        evaluator = AnomalibModule.configure_evaluator()
+        for metric in evaluator.test_metrics:
+            cast("AnomalibMetric", metric).strict = False
+        return evaluator
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW and the chosen schedule."""
+        """Return AdamW and the chosen schedule.
+
+        Raises:
+            ValueError: If ``onecycle`` has no length, or a checkpoint to go on from was made for another optimization.
+        """
+        self._go_on_with_random_numbers()  # before the first batch is drawn
+        self._check_optimization_of_checkpoint()
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable, lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"]
@@ -78,9 +104,44 @@ class ReconstructionMixin(PredictionMixin, ExportMixin):
         if self.hparams["lr_schedule"] == "step":
             step = StepLR(optimizer, step_size=self.hparams["lr_step_epochs"], gamma=0.1)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": step, "interval": "epoch"}}
-        steps = int(self.trainer.estimated_stepping_batches)
-        one_cycle = OneCycleLR(optimizer, max_lr=self.hparams["learning_rate"], total_steps=steps, pct_start=0.1)
+        one_cycle = OneCycleLR(
+            optimizer, max_lr=self.hparams["learning_rate"], total_steps=self._one_cycle_steps(), pct_start=0.1
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": one_cycle, "interval": "step"}}
+
+    def _check_optimization_of_checkpoint(self) -> None:
+        """Refuse what the checkpoint's optimizer would override without a word."""
+        if not self._resumed:
+            return
+        if differences := _differences(self._resumed["hyper_parameters"], self.hparams, self.optimization):
+            msg = (
+                f"A run that goes on takes optimizer and schedule from its checkpoint ({'; '.join(differences)}). Set "
+                f"the same. {self._advice_to_start_anew()}"
+            )
+            raise ValueError(msg)
+
+    def _one_cycle_steps(self) -> int:
+        """Return the number of optimizer steps of the whole run."""
+        steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs
+        if not math.isfinite(steps):
+            msg = f"lr_schedule='onecycle' needs the length of the run, got max_epochs={epochs}. Set it."
+            raise ValueError(msg)
+        saved = self._resumed["total_steps"] if self._resumed else steps
+        if saved != steps:
+            msg = (
+                f"The onecycle schedule of the checkpoint has {saved} steps, this run wants {int(steps)} "
+                f"({epochs} epochs of {self.trainer.num_training_batches} batches). Set max_epochs, "
+                f"max_steps, batch size and data as at first. {self._advice_to_start_anew()}"
+            )
+            raise ValueError(msg)
+        return int(steps)
+
+    def _advice_to_start_anew(self) -> str:
+        name = type(self).__name__
+        return (
+            "To train longer or otherwise start a new training from the weights: "
+            f"Engine.fit({name}.load_from_checkpoint(PATH, lr_schedule=...)) without a ckpt_path."
+        )
 
     def setup(self, stage: str) -> None:
         """Refuse precisions that have weights of another type than the images; spare a distributed run the constants.
@@ -96,8 +157,30 @@ class ReconstructionMixin(PredictionMixin, ExportMixin):
                 "--trainer.precision bf16-mixed (precision of Engine)."
             )
             raise ValueError(msg)
+        self._resumed = {} if stage == "fit" else None  # not what an earlier training went on from
         if self.trainer.world_size > 1:
             keep_constants_local(self, frozen=[self.model.backbone])
+
+    def on_train_epoch_start(self) -> None:
+        """Go on with the random numbers where the next epoch draws its order anew."""
+        if not self.trainer.fit_loop.is_resuming:
+            self._go_on_with_random_numbers()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Forget the random numbers: this training draws its own from here on."""
+        del batch, batch_idx
+        if self._resumed:
+            self._resumed["random_states"] = None
+
+    def _go_on_with_random_numbers(self) -> None:
+        """Set the generators as they were when the checkpoint was saved.
+
+        After a checkpoint of the end of an epoch Lightning takes the iterator over the data that is made first; after
+        one of a validation, which is in the epoch, it ends that epoch and makes another. Both must draw the same.
+        """
+        states = self._resumed.get("random_states") if self._resumed else None
+        if states and self.trainer.world_size == 1:  # the checkpoint has the states of one process
+            set_random_states(states, self.device)
 
     def on_fit_start(self) -> None:
         """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them."""
@@ -145,10 +228,27 @@ class ReconstructionMixin(PredictionMixin, ExportMixin):
         self.log("train_loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=len(image))
         return {"loss": loss}
 
+    def on_validation_epoch_start(self) -> None:
+        """Start a sum of the validation loss."""
+        self._validation_loss = torch.zeros(2, dtype=torch.float64)
+
     def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Add anomaly map and score to a batch, for anomalib's thresholds."""
+        """Add anomaly map and score to a batch, for the thresholds; measure the loss on its good images."""
         del args, kwargs
-        return batch.update(**self.model(batch.image)._asdict())
+        image = cast("Tensor", batch.image)
+        reconstruction = self.model.reconstruct(image)
+        label = torch.zeros(len(image)) if batch.gt_label is None else batch.gt_label
+        good = (~label.bool()).nonzero().flatten().to(self.device)
+        if len(good):
+            loss = float(self.loss(*reconstruction.of(good)))
+            self._validation_loss += torch.tensor([loss * len(good), len(good)], dtype=torch.float64)
+        return batch.update(**self.model.detect(reconstruction)._asdict())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean loss of the good validation images, if there are any, for callbacks to watch."""
+        total, count = self.trainer.strategy.reduce(self._validation_loss.to(self.device), reduce_op="sum").tolist()
+        if count:
+            self.log("val_loss", total / count, prog_bar=True, sync_dist=True)
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -170,15 +270,22 @@ class ReconstructionMixin(PredictionMixin, ExportMixin):
             ValueError: If an architecture argument differs; the message lists them.
         """
         saved = checkpoint.get("hyper_parameters", {})
-        differences = [
-            f"{name}: checkpoint {_plain(saved[name])}, model {_plain(self.hparams[name])}"
-            for name in self.architecture
-            if name in saved and _plain(saved[name]) != _plain(self.hparams[name])
-        ]
-        if differences:
+        if differences := _differences(saved, self.hparams, self.architecture):
             msg = f"The checkpoint was trained with another configuration ({'; '.join(differences)}). Set the same."
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
+        if self._resumed is not None:
+            (schedule,) = checkpoint.get("lr_schedulers") or [{}]
+            self._resumed = {
+                "hyper_parameters": saved,
+                "total_steps": schedule.get("total_steps"),
+                "random_states": checkpoint.get("random_states"),
+            }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the states of the random generators, to go on as if the run had not stopped."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["random_states"] = random_states(self.device)
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> AnomalibModule:  # type: ignore[override]
@@ -208,6 +315,15 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         msg = f"{name} must be one of {', '.join(known)}, got {value!r}."
         raise ValueError(msg)
+
+
+def _differences(saved: Mapping[str, Any], own: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return which arguments of a checkpoint differ from the model's, with both values."""
+    return [
+        f"{name}: checkpoint {_plain(saved[name])}, model {_plain(own[name])}"
+        for name in names
+        if name in saved and _plain(saved[name]) != _plain(own[name])
+    ]
 
 
 def _plain(value: Any) -> Any:

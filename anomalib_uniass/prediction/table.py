@@ -121,7 +121,7 @@ class PredictionTable(Callback):
     def _categories(self, post_processor: PostProcessor | None, batch: ImageBatch) -> list[str]:
         """Return the category of each image of a batch, empty where it is unknown."""
         if isinstance(post_processor, CategoryThresholdPostProcessor):
-            return [category or "" for category in post_processor.categories(batch)]
+            return [category or "" for category in post_processor.categories_of(batch)]
         return [self._category_of_path.get(str(path), "") for path in cast("list[str]", batch.image_path)]
 
 

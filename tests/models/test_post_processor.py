@@ -32,6 +32,7 @@ from anomalib_uniass.components.calibration import (
 )
 from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor, _GoodImage, _of_all_processes
 from anomalib_uniass.models.unias.post_processor import ProductMapPostProcessor
+from anomalib_uniass.models.unias.torch_model import Reconstruction
 from tests.helpers.datasets import make_mvtec_layout
 
 SMALL: dict[str, Any] = {
@@ -300,8 +301,14 @@ class Distances(nn.Module):
         for parameter in self.parameters():
             nn.init.constant_(parameter, 0.01)
 
+    def reconstruct(self, x: Tensor) -> Reconstruction:
+        return Reconstruction([x], [x])
+
     def forward(self, x: Tensor) -> InferenceBatch:
-        anomaly_map = self.layers(x).square()
+        return self.detect(self.reconstruct(x))
+
+    def detect(self, reconstruction: Reconstruction) -> InferenceBatch:
+        anomaly_map = self.layers(reconstruction.targets[0]).square()
         return InferenceBatch(anomaly_map=anomaly_map, pred_score=anomaly_map.flatten(1).std(1))
 
 

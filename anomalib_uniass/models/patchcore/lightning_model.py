@@ -14,6 +14,8 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from anomalib_uniass.components.backbone import FeaturePyramid
+from anomalib_uniass.models.complete_run import CompleteRunMixin
+from anomalib_uniass.models.export import ExportMixin
 from anomalib_uniass.models.patchcore.coreset import PatchSample, k_center_greedy
 from anomalib_uniass.models.reconstruction import ReconstructionMixin, parse_image_size
 from anomalib_uniass.prediction import PredictionMixin
@@ -21,7 +23,7 @@ from anomalib_uniass.prediction import PredictionMixin
 BANK_TAPS = (2, 3)  # strides 8 and 16, as layer2 and layer3 of the paper's WideResNet-50
 
 
-class BoundedPatchcore(PredictionMixin, Patchcore, AnomalibModule):  # type: ignore[misc]  # signatures of anomalib and Lightning
+class BoundedPatchcore(CompleteRunMixin, PredictionMixin, ExportMixin, Patchcore, AnomalibModule):
     """Patchcore (Roth et al., CVPR 2022, arXiv 2106.08265) whose memory and time do not grow with the dataset.
 
     anomalib's Patchcore keeps every patch of the training set before it chooses its memory bank: 16 GiB for MVTec AD as
@@ -137,6 +139,19 @@ class BoundedPatchcore(PredictionMixin, Patchcore, AnomalibModule):  # type: ign
         patches = self._sample.patches
         self._sample = None
         self.model.memory_bank = patches[k_center_greedy(patches, min(self.coreset_size, len(patches)))]
+
+    def check_exportable(self) -> None:
+        """Refuse a model without a memory bank.
+
+        Raises:
+            ValueError: If the model was not fitted.
+        """
+        if not len(self.model.memory_bank):
+            msg = (
+                f"Expected a fitted {type(self).__name__} to export, got one without a memory bank. Give the "
+                "checkpoint of a fit (--ckpt_path, or ckpt_path of Engine.export), or fit it first."
+            )
+            raise ValueError(msg)
 
 
 class _Taps(nn.Module):
