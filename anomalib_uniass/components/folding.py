@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights derived from others, such as linear layers folded into one: in every step, or once as constants."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ FOLD_GAIN = 2
 class FoldingModule(nn.Module):
     """A module that keeps folded weights as constants (buffers outside the state dict) for inference.
 
-    They are those of the state dict at all times: evaluation mode and loading fold ahead, so that an exporter meets
-    constants, and :meth:`fold_ahead` notices what has changed since.
+    Evaluation mode, loading and a move to another device or precision fold anew, so that an exporter meets constants.
+    :meth:`fold_ahead` notices what has changed since, but for writes to a parameter's ``data``, which PyTorch does not
+    count: these need the next call of :meth:`eval`.
 
     Args:
         constants: Names of the buffers, or of modules that hold such, in the order of :meth:`fold`.
@@ -53,14 +54,21 @@ class FoldingModule(nn.Module):
         return tuple(self.get_buffer(name) for name in self.constants)
 
     def train(self, mode: bool = True) -> "FoldingModule":
-        """Switch mode; evaluation folds ahead."""
+        """Switch mode; evaluation folds anew."""
         super().train(mode)
         if not mode:
-            self.fold_ahead()
+            _fold_anew(self)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FoldingModule":
+        """Move to another device or precision, and fold anew there: rounded constants would stay rounded."""
+        super()._apply(fn, recurse)
+        if self._folded_version is not None:
+            _fold_anew(self)
         return self
 
 
-def _fold_anew(module: FoldingModule, _: object) -> None:
-    """Fold after a state dict was loaded: tensors that were assigned, not copied, start at an old version."""
+def _fold_anew(module: FoldingModule, _: object = None) -> None:
+    """Fold whatever the versions say: tensors that were assigned or moved start at an old one."""
     module._folded_version = None
     module.fold_ahead()
