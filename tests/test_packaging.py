@@ -105,9 +105,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 OWN = "anomalib_uniass."
 # part of the package -> parts of the package that it may import
 ALLOWED = {
-    "components": ("components",),
+    "components": ("components", "arguments"),
     "metrics": ("metrics",),
-    "data": ("data", "metrics"),
+    "data": ("data", "metrics", "arguments"),
 }
 
 
