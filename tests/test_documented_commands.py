@@ -39,8 +39,8 @@ from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 from PIL import Image
 
-import anomalib_uniass.__main__
 from anomalib_uniass import UniAS, Unified
+from anomalib_uniass.__main__ import main as our_main
 from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
 from anomalib_uniass.data.sample import datamodule as sample
 from anomalib_uniass.data.sample import write_sample_dataset
@@ -294,9 +294,8 @@ def run_words(words: list[str], patch: pytest.MonkeyPatch) -> None:
     if program == "python":
         program, *arguments = [argument for argument in arguments if argument != "-m"]
     if program in ("anomalib", "anomalib-uniass", "anomalib_uniass"):
-        assert anomalib_uniass.__main__.main is main
         patch.setattr(sys, "argv", ["anomalib", *(arguments if arguments[0] == "benchmark" else ended(arguments))])
-        main()
+        (main if program == "anomalib" else our_main)()
     else:
         patch.setattr(sys, "argv", [program, *arguments])
         (runpy.run_path if program.endswith(".py") else runpy.run_module)(program, run_name="__main__")

@@ -158,6 +158,7 @@ def third_party(*, top_level_only: bool) -> set[str]:
         "elpv_dataset": "elpv-dataset",
         "skimage": "scikit-image",
         "sklearn": "scikit-learn",
+        "yaml": "pyyaml",
     }
     return {named_otherwise.get(name, name) for name in modules - sys.stdlib_module_names - {"anomalib_uniass"}}
 
