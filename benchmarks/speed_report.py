@@ -4,6 +4,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -95,7 +96,7 @@ class Report:
     def skip(self, what: str, reason: str | Exception) -> None:
         """Note what was not measured and why."""
         if isinstance(reason, Exception):
-            reason = f"{type(reason).__name__}: {' '.join(str(reason).split())}"
+            reason = without_folders(f"{type(reason).__name__}: {' '.join(str(reason).split())}")
         print(f"  skipped {what}: {reason}", flush=True)
         self.results["skipped"][what] = reason
 
@@ -110,7 +111,7 @@ def machine(device: torch.device, threads: int) -> Row:
     return {
         "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "arguments": sys.argv[1:],
+        "arguments": [without_folders(argument) for argument in sys.argv[1:]],
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "cpu": cpu.get("model name", platform.machine()),
         "cpu_extensions": [flag for flag in FAST_CPU_FLAGS if flag in cpu.get("flags", "").split()],
@@ -120,6 +121,11 @@ def machine(device: torch.device, threads: int) -> Row:
         "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
+
+
+def without_folders(text: str) -> str:
+    """Leave the name alone of every absolute path in a text: its folders say something of a machine, not of results."""
+    return re.sub(r"(?<![\w.~/])/(?:[^\s/:'\"]+/)+(?=[^\s/:'\"])", ".../", text)
 
 
 def summary(results: Row) -> dict[str, float | None]:

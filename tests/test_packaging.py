@@ -105,9 +105,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 OWN = "anomalib_uniass."
 # part of the package -> parts of the package that it may import
 ALLOWED = {
-    "components": ("components",),
+    "components": ("components", "arguments"),
     "metrics": ("metrics", "files"),
-    "data": ("data", "metrics", "files"),
+    "data": ("data", "metrics", "files", "arguments"),
     "prediction": ("prediction", "data", "components", "files"),
 }
 
@@ -160,6 +160,7 @@ def third_party(*, top_level_only: bool) -> set[str]:
         "elpv_dataset": "elpv-dataset",
         "skimage": "scikit-image",
         "sklearn": "scikit-learn",
+        "yaml": "pyyaml",
     }
     return {named_otherwise.get(name, name) for name in modules - sys.stdlib_module_names - {"anomalib_uniass"}}
 

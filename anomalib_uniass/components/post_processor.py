@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
+from anomalib_uniass.arguments import check_number
 from anomalib_uniass.components.calibration import (
     check_rate,
     image_thresholds,
@@ -83,9 +84,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
 
     def __init__(self, *, image_fpr: float = 0.01, pixel_fpr: float = 0.001, gamma: float = 0.5) -> None:
         super().__init__()
-        if not gamma > 0:
-            msg = f"gamma must be above 0, got {gamma}."
-            raise ValueError(msg)
+        check_number("gamma", gamma, above=0)
         self.image_fpr = check_rate("image_fpr", image_fpr)
         self.pixel_fpr = check_rate("pixel_fpr", pixel_fpr)
         self.gamma = gamma

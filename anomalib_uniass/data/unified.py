@@ -16,6 +16,7 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Transform
 
+from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_seed, check_text, check_whole
 from anomalib_uniass.data.checks import check_samples, images_without_mask
 from anomalib_uniass.data.dataset import UnifiedDataset, category_augmentation
 from anomalib_uniass.data.image_cache import ImageCache, fixed_resize
@@ -119,15 +120,32 @@ class Unified(AnomalibDataModule):
         comparison: Path | str | None = None,
         cache_images: bool = False,
     ) -> None:
+        check_choice("val_split_mode", val_split_mode, [mode.value for mode in ValSplitMode])
         if ValSplitMode(val_split_mode) == ValSplitMode.NONE:
             msg = (
                 "val_split_mode='none' cannot work: anomalib takes its thresholds from a validation set. "
                 "Use 'from_train' (default) to keep it off the test set."
             )
             raise ValueError(msg)
-        if not 0 < val_split_ratio < 1:
-            msg = f"val_split_ratio must lie between 0 and 1 (exclusive), got {val_split_ratio}."
-            raise ValueError(msg)
+        check_number("val_split_ratio", val_split_ratio, above=0, below=1)
+        check_whole("train_batch_size", train_batch_size, at_least=1)
+        check_whole("eval_batch_size", eval_batch_size, at_least=1)
+        check_whole("num_workers", num_workers, at_least=0)
+        if seed is not None:
+            check_seed(seed)
+        check_flag("cache_images", cache_images)
+        check_text("source", source)
+        if comparison is not None:
+            check_text("comparison", str(comparison) if isinstance(comparison, Path) else comparison)
+        for name, transform in (
+            ("train_augmentations", train_augmentations),
+            ("val_augmentations", val_augmentations),
+            ("test_augmentations", test_augmentations),
+            ("augmentations", augmentations),
+        ):
+            if transform is not None and not isinstance(transform, Transform):
+                msg = f"{name} must be a transform of torchvision.transforms.v2, got {transform!r}."
+                raise ValueError(msg)
         super().__init__(
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,
@@ -159,8 +177,8 @@ class Unified(AnomalibDataModule):
 
     def _known_names(self, names: Sequence[str] | None, argument: str) -> list[str]:
         """Turn an argument into a list of category names that the source or the root folder knows."""
-        if isinstance(names, str):
-            msg = f"{argument} must be a list of category names, got the string {names!r}."
+        if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
+            msg = f"{argument} must be a list of category names, got {names!r}."
             raise TypeError(msg)
         known = {*self._official_categories(), *category_folders(self.source, self.root)}
         # An umlaut may be one character or two: macOS writes names of folders otherwise than people type them.

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from anomalib import LearningType
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_seed, check_text, check_whole
 from anomalib_uniass.components.distribution import keep_constants_local
 from anomalib_uniass.components.pre_processor import AntialiasedPreProcessor
 from anomalib_uniass.components.recomputation import recomputation
@@ -210,8 +211,12 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
             image_size: Height and width the model works at.
 
         Raises:
+            TypeError: If `choice` is something else.
             ValueError: If the pre-processor makes images of another size.
         """
+        if not isinstance(choice, bool | PreProcessor):
+            msg = f"pre_processor must be a PreProcessor, true or false, got {choice!r}."
+            raise TypeError(msg)
         if choice is True:
             pyramid = self.model.backbone
             self.pre_processor = self.configure_pre_processor(image_size, mean=pyramid.mean, std=pyramid.std)
@@ -298,23 +303,40 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
         return super().load_from_checkpoint(*args, **kwargs)
 
 
-def parse_image_size(image_size: Sequence[int]) -> tuple[int, int]:
-    """Return (height, width) as plain integers, from whatever sequence YAML made of them."""
-    if isinstance(image_size, str) or len(image_size) != 2:
-        msg = f"image_size must be (height, width), got {image_size!r}."
-        raise ValueError(msg)
-    return int(image_size[0]), int(image_size[1])
-
-
-def check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    """Reject a misspelt choice where no command line has: in Python, or in a benchmark's YAML.
+def check_arguments(
+    *,
+    backbone: object,
+    pre_trained: object,
+    feedforward_dim: object,
+    jitter_scale: object,
+    jitter_probability: object,
+    standardize_features: object,
+    learning_rate: object,
+    weight_decay: object,
+    lr_schedule: object,
+    lr_step_epochs: object,
+    max_epochs: object,
+    seed: object,
+) -> None:
+    """Refuse arguments of both models that are out of range, before anything is built.
 
     Raises:
-        ValueError: If `value` is not among the `known`.
+        ValueError: If one of them is; the message names it and says what was expected.
     """
-    if value not in known:
-        msg = f"{name} must be one of {', '.join(known)}, got {value!r}."
-        raise ValueError(msg)
+    check_text("backbone", backbone)
+    check_flag("pre_trained", pre_trained)
+    check_whole("feedforward_dim", feedforward_dim, at_least=1)
+    check_number("jitter_scale", jitter_scale, at_least=0)
+    check_number("jitter_probability", jitter_probability, at_least=0, at_most=1)
+    check_flag("standardize_features", standardize_features)
+    check_number("learning_rate", learning_rate, above=0)
+    check_number("weight_decay", weight_decay, at_least=0)
+    check_choice("lr_schedule", lr_schedule, get_args(LRSchedule))
+    check_whole("lr_step_epochs", lr_step_epochs, at_least=1)
+    if max_epochs is not None:
+        check_whole("max_epochs", max_epochs, at_least=1)
+    if seed is not None:
+        check_seed(seed)
 
 
 def _differences(saved: Mapping[str, Any], own: Mapping[str, Any], names: Iterable[str]) -> list[str]:

@@ -209,7 +209,7 @@ def test_unknown_own_category(root: Path) -> None:
 
 
 def test_names_must_be_a_list(root: Path) -> None:
-    with pytest.raises(TypeError, match="categories must be a list of category names, got the string 'bolt'"):
+    with pytest.raises(TypeError, match="categories must be a list of category names, got 'bolt'"):
         Unified(root=root, categories="bolt")  # type: ignore[arg-type]
 
 
@@ -222,7 +222,7 @@ def test_validation_arguments() -> None:
     with pytest.raises(ValueError, match="val_split_mode='none' cannot work"):
         MVTec(val_split_mode="none")
     for ratio in (0.0, 1.0, -0.1):
-        with pytest.raises(ValueError, match="val_split_ratio must lie between 0 and 1"):
+        with pytest.raises(ValueError, match="val_split_ratio must be a number above 0 and below 1"):
             MVTec(val_split_ratio=ratio)
 
 

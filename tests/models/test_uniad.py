@@ -183,7 +183,7 @@ def test_seed_fixes_the_weights_and_leaves_the_global_generator_alone() -> None:
         ({"hidden_dim": 36}, r"hidden_dim must be a multiple of 8 \(attention heads\), got 36"),
         ({"backbone": "resnet1888"}, "backbone must be a timm model name"),
         ({"lr_schedule": "cosine"}, "lr_schedule must be one of step, onecycle"),
-        ({"jitter_probability": 2.0}, r"probability in \[0, 1\]"),
+        ({"jitter_probability": 2.0}, r"jitter_probability must be a number at least 0 and at most 1"),
         ({"pre_processor": PreProcessor(Resize((64, 64)))}, r"makes images of size \(64, 64\)"),
     ],
 )

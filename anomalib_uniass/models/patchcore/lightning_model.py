@@ -13,11 +13,13 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
+from anomalib_uniass.arguments import check_flag, check_seed, check_text, check_whole, parse_image_size
 from anomalib_uniass.components.backbone import FeaturePyramid
+from anomalib_uniass.components.token_grid import token_grid
 from anomalib_uniass.models.complete_run import CompleteRunMixin
 from anomalib_uniass.models.export import ExportMixin
 from anomalib_uniass.models.patchcore.coreset import PatchSample, k_center_greedy
-from anomalib_uniass.models.reconstruction import ReconstructionMixin, parse_image_size
+from anomalib_uniass.models.reconstruction import ReconstructionMixin
 from anomalib_uniass.prediction import PredictionMixin
 
 BANK_TAPS = (2, 3)  # strides 8 and 16, as layer2 and layer3 of the paper's WideResNet-50
@@ -73,11 +75,18 @@ class BoundedPatchcore(CompleteRunMixin, PredictionMixin, ExportMixin, Patchcore
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        if not 1 <= coreset_size <= max_patches:
+        check_text("backbone", backbone)
+        check_flag("pre_trained", pre_trained)
+        check_whole("max_patches", max_patches, at_least=1)
+        check_whole("coreset_size", coreset_size, at_least=1)
+        check_whole("num_neighbors", num_neighbors, at_least=1)
+        check_seed(seed)
+        if coreset_size > max_patches:
             msg = f"coreset_size must lie between 1 and max_patches={max_patches}, got {coreset_size}."
             raise ValueError(msg)
         # Plain types before super().__init__() saves them: OmegaConf's would not load from a checkpoint.
         image_size = parse_image_size(image_size)
+        token_grid(image_size)
         weights = None if weights is None else str(weights)
         pyramid = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights)
         if pre_processor is True:

@@ -13,13 +13,13 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 
+from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_whole, parse_image_size
 from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
 from anomalib_uniass.models.reconstruction import (
     STATISTICS_BATCHES,
     LRSchedule,
     ReconstructionMixin,
-    check_choice,
-    parse_image_size,
+    check_arguments,
 )
 from anomalib_uniass.models.unias.anomaly_map import ImageScore
 from anomalib_uniass.models.unias.loss import CosineTerm, ReconstructionLoss
@@ -144,7 +144,31 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         check_choice("cosine_term", cosine_term, get_args(CosineTerm))
         check_choice("target", target, get_args(Target))
         check_choice("score", score, get_args(ImageScore))
-        check_choice("lr_schedule", lr_schedule, get_args(LRSchedule))
+        check_arguments(
+            backbone=backbone,
+            pre_trained=pre_trained,
+            feedforward_dim=feedforward_dim,
+            jitter_scale=jitter_scale,
+            jitter_probability=jitter_probability,
+            standardize_features=standardize_features,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            lr_step_epochs=lr_step_epochs,
+            max_epochs=max_epochs,
+            seed=seed,
+        )
+        check_flag("channel_branch", channel_branch)
+        check_whole("hidden_dim", hidden_dim, at_least=1)
+        check_whole("finest_level", finest_level, at_least=1)
+        check_whole("prototypes", prototypes, at_least=0)
+        check_number("loss_weight", loss_weight, above=0)
+        check_number("mse_weight", mse_weight, at_least=0)
+        check_number("cosine_weight", cosine_weight, at_least=0)
+        if not (mse_weight or cosine_weight):
+            msg = "mse_weight and cosine_weight are both 0, so that there is nothing to learn. Give one of them."
+            raise ValueError(msg)
+        check_flag("recompute_activations", recompute_activations)
         super().__init__(
             # Rebuilt below, once the backbone's normalisation is known.
             pre_processor=pre_processor if isinstance(pre_processor, PreProcessor) else False,
