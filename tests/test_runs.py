@@ -368,17 +368,9 @@ def test_shipped_configuration_for_three_epochs_leaves_a_checkpoint_with_thresho
     anomalib: Callable[..., str], tmp_path: Path
 ) -> None:
     make_mvtec_layout(tmp_path / "mvtec", MVTEC_CATEGORIES, train=3, good=1, defective=1)
-    shorter = ["--trainer.max_epochs", "3", "--trainer.accelerator", "cpu", "--data.num_workers", "0"]
-    anomalib(
-        "fit",
-        "--config",
-        str(CONFIGS / "mvtec.yaml"),
-        "--data.root",
-        "mvtec",
-        *shorter,
-        *SMALL_CLI,
-        "--model.image_size=[128,128]",
-    )
+    shorter = ["--trainer.max_epochs=3", "--trainer.accelerator=cpu", "--data.num_workers=0", "--data.root=mvtec"]
+    small = [*SMALL_CLI, "--model.image_size=[128,128]"]
+    anomalib("fit", "--config", str(CONFIGS / "mvtec.yaml"), *shorter, *small)
     checkpoint = torch.load(tmp_path / "results/UniAS/mvtec/v0/weights/lightning/model.ckpt")
     assert checkpoint["epoch"] == 2
     assert set(checkpoint["anomalib_post_processor_config"]["calibration"]["image"]) == set(MVTEC_CATEGORIES)
