@@ -20,7 +20,10 @@ from PIL import Image, ImageOps
 
 def load(path: Path, precision: str = "f32") -> ov.CompiledModel:
     """Load a model; OpenVINO by itself computes in bfloat16 where the CPU has it, and maps differ by percents."""
-    return ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    model = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    if not any("pred_label" in output.names for output in model.outputs):
+        raise SystemExit(f"{path} was exported without thresholds and decides nothing; calibrate the model first.")
+    return model
 
 
 def read(path: Path) -> np.ndarray:

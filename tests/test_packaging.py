@@ -105,7 +105,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 OWN = "anomalib_uniass."
 # part of the package -> parts of the package that it may import
 ALLOWED = {
-    "components": ("components", "arguments"),
+    "components": ("components", "arguments", "files"),
     "metrics": ("metrics", "files"),
     "data": ("data", "metrics", "files", "arguments"),
     "prediction": ("prediction", "data", "components", "files"),

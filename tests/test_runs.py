@@ -8,19 +8,28 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import openvino
+import pandas as pd
 import pytest
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.cli.cli import main
 from anomalib.engine import Engine
+from anomalib.models import AnomalibModule
+from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 
 from anomalib_uniass import BoundedPatchcore, UniAD, UniAS, Unified
+from anomalib_uniass.data.presets import MVTEC_CATEGORIES
+from anomalib_uniass.models import export as exporting
+from anomalib_uniass.models.unias.post_processor import ProductMapPostProcessor
 from tests.helpers.datasets import make_mvtec_layout
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -161,6 +170,16 @@ def train(
     return run
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums come in the same order in every run, and a forked process waits for no thread of its parent."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 @pytest.mark.parametrize(("model_class", "every", "workers"), [(UniAS, 1, 0), (UniAS, 2, 0), (UniAD, 2, 1)])
 def test_a_killed_run_goes_on_to_the_weights_and_metrics_of_one_that_was_not(
@@ -172,7 +191,7 @@ def test_a_killed_run_goes_on_to_the_weights_and_metrics_of_one_that_was_not(
         target=train, args=(model_class, tmp_path, root), kwargs=arguments | {"kill": 3 * BATCHES + 2}
     )
     process.start()
-    process.join()
+    process.join(timeout=200)
     assert process.exitcode == -signal.SIGKILL
     (checkpoint,) = {path.resolve() for path in tmp_path.rglob("*.ckpt")}
     assert torch.load(checkpoint)["global_step"] == (3 if every == 1 else 2) * BATCHES
@@ -308,10 +327,276 @@ def test_callbacks_of_a_configuration_watch_the_validation_loss(
     config = {
         "model": {"class_path": "UniAS", "init_args": init_args},
         "data": {"class_path": "Unified", "init_args": {"root": str(root), "num_workers": 0}},
-        "trainer": {"max_epochs": 9, "accelerator": "cpu", "callbacks": callbacks},
+        "trainer": {
+            "max_epochs": 9,
+            "accelerator": "cpu",
+            "callbacks": callbacks,
+            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "log"}},
+        },
     }
     Path("config.yaml").write_text(json.dumps(config))  # JSON is YAML
     monkeypatch.setattr(sys, "argv", ["anomalib", "fit", "--config", "config.yaml"])
     main()
     (checkpoint,) = Path("best").iterdir()
     assert torch.load(checkpoint)["epoch"] == 0
+    losses = pd.read_csv(next(Path("log").rglob("metrics.csv")))["val_loss"].dropna()
+    assert len(losses) == 3 and losses.nunique() == 1
+
+
+# --- Runs without thresholds -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def anomalib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return a function that runs the command line and gives what it printed, in one line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "2000")
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["anomalib", *arguments])
+        main()
+        printed = capsys.readouterr()
+        return " ".join((printed.out + printed.err).split())
+
+    return run
+
+
+SMALL_CLI = [f"--model.{name}={value}" for name, value in SMALL.items() if name not in ("image_size", "visualizer")]
+
+
+def test_shipped_configuration_for_three_epochs_leaves_a_checkpoint_with_thresholds(
+    anomalib: Callable[..., str], tmp_path: Path
+) -> None:
+    make_mvtec_layout(tmp_path / "mvtec", MVTEC_CATEGORIES, train=3, good=1, defective=1)
+    shorter = ["--trainer.max_epochs=3", "--trainer.accelerator=cpu", "--data.num_workers=0", "--data.root=mvtec"]
+    small = [*SMALL_CLI, "--model.image_size=[128,128]"]
+    anomalib("fit", "--config", str(CONFIGS / "mvtec.yaml"), *shorter, *small)
+    checkpoint = torch.load(tmp_path / "results/UniAS/mvtec/v0/weights/lightning/model.ckpt")
+    assert checkpoint["epoch"] == 2
+    assert set(checkpoint["anomalib_post_processor_config"]["calibration"]["image"]) == set(MVTEC_CATEGORIES)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_without_validation_all_commands_say_that_there_are_no_thresholds(
+    every: int, root: Path, anomalib: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = ["--model", "UniAS", *SMALL_CLI, "--model.image_size", "[128, 128]"]
+    images = ["--data", "Unified", "--data.root", str(root), "--data.num_workers", "0"]
+    trainer = [f"--trainer.check_val_every_n_epoch={every}", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    said = "There are no thresholds for bolt, cap: scores and maps stay raw, and predicted labels and masks are left"
+    advice = "train with some of every category (not with limit_val_batches=0)"
+    printed = anomalib("train", *model, *images, *trainer, "--trainer.limit_val_batches", "0")
+    assert said in printed and advice in printed
+    assert caplog.text.count(said) == 2  # after training and in the test, which gives its table nevertheless
+    checkpoint = str(tmp_path / "results/UniAS/parts/latest/weights/lightning/model.ckpt")
+    assert torch.load(checkpoint)["global_step"] == 1
+    assert said in anomalib("test", *model, *images, "--trainer.accelerator=cpu", "--ckpt_path", checkpoint)
+    folder = ["--data", str(root / "bolt" / "test"), "--ckpt_path", checkpoint]
+    assert said in anomalib("predict", *model, *folder)
+    if every == 1:
+        export = ["--model.pre_trained", "false", "--export_type", "torch", "--export_root", "."]
+        assert said in anomalib("export", "--model", "UniAS", "--ckpt_path", checkpoint, *export)
+        assert not list(tmp_path.rglob("category_thresholds.json"))
+
+
+def test_what_is_predicted_without_thresholds_is_raw_and_decides_nothing(root: Path, tmp_path: Path) -> None:
+    model = UniAS(**SMALL)
+    batches = engine(tmp_path).predict(model, datamodule=data(root))
+    (image,) = batches[0].image[:1].split(1)
+    raw = model.model.eval()(image)
+    torch.testing.assert_close(batches[0].pred_score[:1], raw.pred_score)
+    torch.testing.assert_close(batches[0].anomaly_map[:1], raw.anomaly_map[:, 0])
+    assert all(batch.pred_label is None and batch.pred_mask is None for batch in batches)
+
+
+def test_a_category_without_good_validation_images_is_named_with_what_holds_for_it(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = data(root)
+    monkeypatch.setattr(images, "setup", partial(without_validation_of, "cap", images))
+    model = UniAS(**SMALL)
+    run = engine(tmp_path, max_epochs=1)
+    said = (
+        "There are no thresholds for cap: the highest of the others hold, that of bolt for images and that of bolt for "
+    )
+    for do in (
+        lambda: run.fit(model, datamodule=images),
+        lambda: run.test(model, datamodule=images),
+        lambda: run.predict(model, datamodule=images),
+        lambda: run.predict(UniAS.load_from_checkpoint(run.best_model_path, visualizer=False), data_path=root / "cap"),
+        lambda: model.to_torch(tmp_path),
+    ):
+        caplog.clear()
+        do()
+        assert caplog.text.count(said) == 1
+
+
+def without_validation_of(category: str, images: Unified, stage: str | None = None) -> None:
+    """Set up a datamodule and take the validation images of a category away."""
+    Unified.setup(images, stage)
+    samples = images.val_data.samples
+    images.val_data = images.val_data.subsample(samples.index[samples["category"] != category].tolist())
+
+
+def test_validation_of_anomalous_images_alone_leaves_no_thresholds_and_says_so(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = data(root, val_split_mode="same_as_test")
+
+    def setup(stage: str | None = None) -> None:
+        Unified.setup(images, stage)
+        samples = images.val_data.samples
+        images.val_data = images.val_data.subsample(samples.index[samples["label_index"] == 1].tolist())
+
+    monkeypatch.setattr(images, "setup", setup)
+    model = UniAS(**SMALL)
+    run = engine(tmp_path, max_epochs=1)
+    run.fit(model, datamodule=images)
+    assert "There are no thresholds for bolt, cap" in caplog.text
+    assert "val_loss" not in run.trainer.callback_metrics
+    assert model.post_processor.calibration is None
+
+
+@pytest.mark.parametrize("post_processor", [PostProcessor(), ProductMapPostProcessor()])
+def test_anomalibs_thresholds_are_missed_as_well(
+    post_processor: PostProcessor, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = UniAS(**SMALL, post_processor=post_processor)
+    run = engine(tmp_path, max_epochs=1, limit_val_batches=0)
+    said = "There are no thresholds for any category: anomalib compares raw scores and maps with 0.5"
+    for do in (
+        lambda: run.fit(model, datamodule=data(root)),
+        lambda: run.test(model, datamodule=data(root)),
+        lambda: run.predict(model, datamodule=data(root)),
+        lambda: model.to_torch(tmp_path),
+    ):
+        caplog.clear()
+        do()
+        assert caplog.text.count(said) == 1
+
+
+def test_without_post_processor_nothing_is_decided_and_nothing_missed(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = UniAS(**SMALL, post_processor=False)
+    run = engine(tmp_path, max_epochs=1)
+    run.fit(model, datamodule=data(root))
+    (results,) = run.test(model, datamodule=data(root))
+    assert results["image_AUROC"] >= 0 and "There are no thresholds" not in caplog.text
+
+
+def test_thresholds_of_other_weights_are_told(onecycle: Path, root: Path, tmp_path: Path, caplog: Any) -> None:
+    """A training goes on without a validation set: the thresholds are of the weights that it began with."""
+    model = UniAS.load_from_checkpoint(onecycle, lr_schedule="step", visualizer=False)
+    engine(tmp_path, max_epochs=1, limit_val_batches=0).fit(model, datamodule=data(root))
+    assert "The thresholds are of an earlier validation" in caplog.text
+
+
+def test_a_diverged_model_is_told_and_sets_no_thresholds(root: Path, tmp_path: Path, caplog: Any) -> None:
+    class Diverge(Callback):
+        def on_train_batch_end(self, trainer: Any, module: UniAS, *args: Any) -> None:
+            torch.nn.init.constant_(module.model.norm.weight, float("nan"))
+
+    model = UniAS(**SMALL)
+    run = engine(tmp_path, max_epochs=1, callbacks=[Diverge()])
+    run.fit(model, datamodule=data(root))
+    assert "2 images of the validation have scores or maps that are not finite" in caplog.text
+    assert "There are no thresholds for bolt, cap" in caplog.text
+    run.predict(model, datamodule=data(root))
+    assert "6 images of the prediction have scores or maps that are not finite" in caplog.text
+
+
+# --- Exports ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(onecycle: Path) -> UniAS:
+    return UniAS.load_from_checkpoint(onecycle, visualizer=False)
+
+
+def test_a_failing_export_leaves_the_earlier_one(
+    trained: UniAS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = trained.to_torch(tmp_path)
+    (path.parent / "notes.txt").write_text("of the user")
+    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+
+    def half(obj: Any, f: Path) -> None:
+        Path(f).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="No space left"):
+        trained.to_torch(tmp_path)
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
+    assert [file.name for file in tmp_path.iterdir()] == ["weights"]
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_an_export_that_fails_at_its_thresholds_leaves_the_earlier_one(
+    kind: str, trained: UniAS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model itself is written by then."""
+
+    def convert(self: UniAS, root: Path, *args: Any, **kwargs: Any) -> Path:
+        folder = Path(root) / "weights" / kind
+        folder.mkdir(parents=True)
+        for name in ("model.xml", "model.bin"):
+            (folder / name).write_text("new")
+        return folder / "model.xml"
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no room")
+
+    folder = tmp_path / "weights" / kind
+    folder.mkdir(parents=True)
+    for name in ("model.xml", "model.bin", "category_thresholds.json"):
+        (folder / name).write_text("old")
+    monkeypatch.setattr(AnomalibModule, f"to_{kind}", convert)
+    monkeypatch.setattr(exporting, "_set_openvino_info", lambda *_: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "replace_text", fail)
+        with pytest.raises(RuntimeError, match="no room"):
+            getattr(trained, f"to_{kind}")(tmp_path)
+    assert {file.read_text() for file in folder.iterdir()} == {"old"}
+    assert getattr(trained, f"to_{kind}")(tmp_path) == folder / "model.xml"
+    assert "old" not in {file.read_text() for file in folder.iterdir()}
+    assert len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize("below", ["", "weights", "weights/torch"])
+def test_an_export_below_a_file_names_it(below: str, trained: UniAS, tmp_path: Path) -> None:
+    file = tmp_path / "out" / below
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("in the way")
+    with pytest.raises(OSError, match=rf"Cannot write the exported model to {tmp_path}/out.*Give a folder"):
+        trained.to_torch(tmp_path / "out")
+    assert file.read_text() == "in the way"
+
+
+def test_memory_bank_is_exported_whole_and_not_without_a_bank(root: Path, tmp_path: Path) -> None:
+    model = BoundedPatchcore(**TINY, max_patches=100, coreset_size=10, visualizer=False)
+    with pytest.raises(ValueError, match="Expected a fitted BoundedPatchcore to export"):
+        model.to_torch(tmp_path)
+    engine(tmp_path).fit(model, datamodule=data(root))
+    path = model.to_torch(tmp_path / "out")
+    assert [file.name for file in path.parent.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.slow
+def test_a_model_without_thresholds_is_exported_without_decisions(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = UniAS(**SMALL)
+    engine(tmp_path, max_epochs=1, limit_val_batches=0).fit(model, datamodule=data(root))
+    caplog.clear()
+    path = model.to_openvino(tmp_path)
+    assert caplog.text.count("There are no thresholds for bolt, cap") == 1
+    assert [file.name for file in path.parent.iterdir() if file.suffix == ".json"] == []
+    network = openvino.Core().read_model(path)
+    assert {name for output in network.outputs for name in output.names} == {"anomaly_map", "pred_score"}
+    image = torch.rand(1, 3, 128, 128)
+    outputs = openvino.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(image.numpy())
+    raw = model.eval()(image)
+    assert raw.pred_label is None and model.post_processor.enable_thresholding
+    assert outputs["pred_score"].item() == pytest.approx(raw.pred_score.item(), rel=1e-3)
