@@ -26,11 +26,13 @@ from anomalib.data import AnomalibDataModule
 from anomalib.data.datasets.base import AnomalibDataset
 from anomalib.data.datasets.image import mvtecad, visa
 from anomalib.deploy import CompressionType
+from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.models import Patchcore
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.io import CheckpointIO
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from timm.models.efficientnet import EfficientNetFeatures
@@ -86,6 +88,12 @@ PRIVATE = {
     "_stage_out_idx": Internal(lambda: pyramid()._stage_out_idx, dict),
     # torch: how often a tensor was changed in place
     "_version": Internal(lambda: torch.zeros(1).add_(1)._version, int),
+    # torch: a module's move to another device or precision, and what a distributed one need not send
+    "_apply": Internal(lambda: nn.Module._apply, "self, fn, recurse"),
+    "_set_params_and_buffers_to_ignore_for_model": Internal(
+        lambda: nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model,
+        "module, params_and_buffers_to_ignore",
+    ),
 }
 
 UNDOCUMENTED = {
@@ -120,6 +128,15 @@ UNDOCUMENTED = {
         lambda: Callback.on_validation_batch_end,
         "self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx",
     ),
+    "total_batch_idx": Internal(lambda: trainer().fit_loop.total_batch_idx, int),
+    "is_resuming": Internal(lambda: trainer().fit_loop.is_resuming, bool),
+    "val_loop": Internal(lambda: trainer().fit_loop.epoch_loop.val_loop.run, "args, kwargs"),
+    "enable_validation": Internal(lambda: trainer().enable_validation, bool),
+    "checkpoint_callbacks": Internal(lambda: trainer().checkpoint_callbacks, list),
+    "strategy.checkpoint_io": Internal(lambda: trainer().strategy.checkpoint_io, CheckpointIO),
+    "strategy.reduce": Internal(lambda: trainer().strategy.reduce, "tensor, args, kwargs"),
+    # anomalib's writer of checkpoints
+    "extra_safe_globals": Internal(lambda: AnomalibCheckpointIO().extra_safe_globals, object),
     # timm
     "EfficientNetFeatures": Internal(pyramid, EfficientNetFeatures),
     "blocks": Internal(lambda: pyramid().blocks, nn.Sequential),
@@ -172,12 +189,12 @@ def test_the_search_finds_what_it_looks_for(tmp_path: Path) -> None:
         "    _own = 1\n"
         "    def __init__(self, other):\n"
         "        self._mine = other._theirs\n"
-        "        other._written = self._own + self._mine + self._inherited\n"
+        "        other._set_by_us = self._own + self._mine + self._inherited\n"
         "        getattr(other, '_named'), other.get_buffer('_buffer'), getattr(other, 'public')\n"
         "        other.__dict__, other._asdict()\n"
     )
     found = {name for name, _ in private_attributes(tmp_path)}
-    assert found == {"_dynamo", "_hidden", "_pm", "_theirs", "_written", "_inherited", "_named", "_buffer"}
+    assert found == {"_dynamo", "_hidden", "_pm", "_theirs", "_set_by_us", "_inherited", "_named", "_buffer"}
 
 
 def test_declared_anomalib_is_bounded_to_the_version_that_was_checked() -> None:
