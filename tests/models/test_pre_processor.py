@@ -83,9 +83,22 @@ def test_exported_graph_in_the_precision_that_openvino_takes(
 ) -> None:
     """bfloat16 where the CPU has it; pixels are then rounded to 8 bits, but come from where they should."""
     compiled = ov.Core().compile_model(str(exported(ANY_SIZE)), "CPU")
-    noise = torch.rand(1, 3, *(-(-length // 16) for length in size), generator=torch.Generator().manual_seed(0))
-    x = F.interpolate(noise, size=size, mode="bilinear")
+    x = smooth_image(size)
     np.testing.assert_allclose(compiled(x.numpy())[0], TRANSFORM(x.double()), atol=0.04)
+
+
+@pytest.mark.skipif("FP16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="no float16")
+@pytest.mark.parametrize("size", [*SIZES, (1500, 2000), (20_000, 8), (8, 20_000)])
+def test_exported_graph_in_float16(exported: Callable[[tuple[int, ...]], Path], size: tuple[int, int]) -> None:
+    """What OpenVINO takes on GPUs, by itself, and on ARM."""
+    compiled = ov.Core().compile_model(str(exported(ANY_SIZE)), "CPU", {"INFERENCE_PRECISION_HINT": "f16"})
+    x = smooth_image(size)
+    np.testing.assert_allclose(compiled(x.numpy())[0], TRANSFORM(x.double()), atol=0.01)
+
+
+def smooth_image(size: tuple[int, int]) -> torch.Tensor:
+    noise = torch.rand(1, 3, *(-(-length // 16) for length in size), generator=torch.Generator().manual_seed(0))
+    return F.interpolate(noise, size=size, mode="bilinear")
 
 
 def test_weights_of_large_images_fit_32_bits(exported: Callable[[tuple[int, ...]], Path]) -> None:
