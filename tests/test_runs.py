@@ -316,14 +316,14 @@ def test_validation_loss_is_the_loss_of_the_good_validation_images(
 def test_callbacks_of_a_configuration_watch_the_validation_loss(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A learning rate of zero never improves it: the training stops after two validations without progress."""
+    """A learning rate that rounds away never improves it: the training stops after two validations without progress."""
     monkeypatch.chdir(tmp_path)
     watch = {"monitor": "val_loss", "mode": "min"}
     callbacks = [
         {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": watch | {"patience": 2}},
         {"class_path": "anomalib.callbacks.ModelCheckpoint", "init_args": watch | {"dirpath": "best", "filename": "m"}},
     ]
-    init_args = {**SMALL, "image_size": [128, 128], "learning_rate": 0.0}
+    init_args = {**SMALL, "image_size": [128, 128], "learning_rate": 1e-30}
     config = {
         "model": {"class_path": "UniAS", "init_args": init_args},
         "data": {"class_path": "Unified", "init_args": {"root": str(root), "num_workers": 0}},
