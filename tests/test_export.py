@@ -324,6 +324,7 @@ def test_int8_of_the_command_line_calibrates_with_mixed_sizes(
         assert np.isfinite(outputs.pred_score).all()
 
 
+@pytest.mark.slow  # INT8 in CI: test_documented_commands.py; a segmentation fault was seen once in the test behind it
 def test_int8_keeps_maps_and_scores(folder: Path, tmp_path: Path) -> None:
     """Calibrated on images of two sizes; the smallest model there is, for the time is NNCF's and goes by operations."""
     model = UniAS(
