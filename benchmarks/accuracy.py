@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracy study on the inspection benchmark: UniAS, UniAD and Patchcore on one backbone, and ablations.
 
-Every model is trained once on all nine categories (``configs/inspection.yaml``) and scored by the metrics of this
-package. Sections: ``models``, the comparison over seeds, with learning curves; ``maps``, other fusions, blurs and
-image scores on the trained UniAS; ``ablations``, UniAS retrained with something changed, on fewer epochs; ``levels``,
-what of each level's error comes from the token grid, and how much of a category's variety is reconstructed. No
-checkpoint is selected; the curves only show whether training had converged. The configuration's target and
+Every model is trained once on all nine categories (``configs/inspection.yaml`` beside this file) and scored by the
+metrics of this package. Sections: ``models``, the comparison over seeds, with learning curves; ``maps``, other fusions,
+blurs and image scores on the trained UniAS; ``ablations``, UniAS retrained with something changed, on fewer epochs;
+``levels``, what of each level's error comes from the token grid, and how much of a category's variety is reconstructed.
+No checkpoint is selected; the curves only show whether training had converged. The configuration's target and
 prototypes were chosen after their figures on this test set were seen.
 
 Every finished run is kept in ``RESULTS/accuracy.json`` and not run again; an unfinished one resumes from its last
@@ -38,7 +38,7 @@ from anomalib_uniass.layers.gaussian_blur import GaussianBlur2d
 from anomalib_uniass.metrics import CategoryMetrics, CategoryMetricsCallback
 from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, image_score
 
-CONFIG = Path(__file__).parents[1] / "configs" / "inspection.yaml"
+CONFIG = Path(__file__).parent / "configs" / "inspection.yaml"
 UNIAD_EPOCHS = 24  # longer than UniAS: it learns more slowly and an epoch takes less
 CURVE_SHARES = (0.125, 0.25, 0.5, 0.75)  # of the epochs; the last point of a curve is the test itself
 

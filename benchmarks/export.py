@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exported UniAS beside PyTorch: equality, accuracy on real images, and speed, in float32, FP16, bfloat16 and INT8.
 
-``accuracy`` exports a trained checkpoint with anomalib's engine and runs every test image, at its native size, through
-PyTorch and through OpenVINO; metrics are those of this package, on the outputs as they are deployed (normalised).
+``accuracy`` exports a trained checkpoint with anomalib's engine and runs every test image, at its native size and at
+those asked for, through PyTorch and through OpenVINO; metrics are those of this package, on the outputs as they are
+deployed (normalised). A map's correlation is that with PyTorch's of the same image, at the same size.
 ``speed`` times the model of that checkpoint and UniAS at full size (random weights), the variants taking turns.
 INT8 is ``INT8_PTQ``, calibrated on the training images of every category.
 
-python benchmarks/export.py accuracy DATA CHECKPOINT --name inspection
+python benchmarks/export.py accuracy DATA CHECKPOINT --name inspection --sizes native 256 1024
 python benchmarks/export.py speed DATA CHECKPOINT --name inspection
 
 DATA is in MVTec AD layout. Results: ``results/export.json`` and ``export.md``.
@@ -16,7 +17,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ VARIANTS: dict[str, tuple[CompressionType | None, str]] = {
 }
 """Compression of the export, and precision that the runtime is asked for."""
 
-PYTORCH, FLOAT32, INT8 = "PyTorch float32", "OpenVINO float32", "OpenVINO INT8"
+PYTORCH, FLOAT32, BFLOAT16, INT8 = "PyTorch float32", "OpenVINO float32", "OpenVINO bfloat16", "OpenVINO INT8"
+NATIVE = "native"
 METRICS = ("pixel_AP", "DSC", "pixel_AUROC", "image_AUROC")
 THREADS, ROUNDS, WARM_UP = 2, 30, 3
 
@@ -55,6 +57,8 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="dataset in MVTec AD layout that the checkpoint was trained on")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--name", required=True, help="what to call this dataset in the results")
+    parser.add_argument("--sizes", nargs="+", default=["native"], help="accuracy: 'native', or heights to resize to")
+    parser.add_argument("--every", type=int, default=1, help="accuracy: take every n-th test image")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "export")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
@@ -62,7 +66,7 @@ def main() -> None:
     datamodule = Unified(root=args.data, train_batch_size=8, eval_batch_size=1, num_workers=0)
     with tempfile.TemporaryDirectory() as folder:
         if args.section == "accuracy":
-            rows = accuracy(model, datamodule, Path(folder))
+            rows = accuracy(model, datamodule, Path(folder), sizes=args.sizes, every=args.every)
         else:
             rows = speed({f"{args.name} model": model, "full size": full_size()}, datamodule, Path(folder))
     write(args.output, args.section, args.name, rows)
@@ -108,30 +112,52 @@ def predictors(model: UniAS, datamodule: Unified, folder: Path) -> dict[str, Cal
     return {PYTORCH: pytorch} | {name: openvino(*variant) for name, variant in VARIANTS.items()}
 
 
-def accuracy(model: UniAS, datamodule: Unified, folder: Path) -> list[dict[str, Any]]:
-    """Score all variants on the test set, and compare their outputs with PyTorch's."""
+def accuracy(
+    model: UniAS, datamodule: Unified, folder: Path, *, sizes: Sequence[str] = (NATIVE,), every: int = 1
+) -> list[dict[str, Any]]:
+    """Score all variants on every n-th test image at all sizes, and compare their outputs with PyTorch's."""
     predicts = predictors(model, datamodule, folder)
     datamodule.setup()
+    datamodule.test_data.subsample(list(range(0, len(datamodule.test_data), every)), inplace=True)
     samples = datamodule.test_data.samples
     category = dict(zip(samples["image_path"], samples["category"], strict=True))
-    metrics = {name: CategoryMetrics(sorted(set(category.values()))) for name in predicts}
-    difference = dict.fromkeys(predicts, 0.0)
-    for batch in datamodule.test_dataloader():
-        reference = predicts[PYTORCH](batch.image)
-        mask = F.interpolate(batch.gt_mask[:, None].float(), reference[0].shape[-2:], mode="nearest")
-        for name, predict in predicts.items():
-            outputs = reference if name == PYTORCH else predict(batch.image)
-            pairs = zip(outputs, reference, strict=True)
-            difference[name] = max(difference[name], *(float(np.abs(a - b).max()) for a, b in pairs))
-            maps, scores = (torch.from_numpy(output) for output in outputs)
-            metrics[name].update(maps, mask, scores, batch.gt_label, [category[path] for path in batch.image_path])
     rows = []
-    for name, metric in metrics.items():
-        mean = metric.compute()["mean"]
-        row = {"variant": name} | {key: round(100 * mean[key], 3) for key in METRICS}
-        rows.append(row | {"largest_difference": difference[name]})
-        print(rows[-1], flush=True)
+    for size in sizes:
+        metrics = {name: CategoryMetrics(sorted(set(category.values()))) for name in predicts}
+        difference = dict.fromkeys(predicts, 0.0)
+        correlations: dict[str, list[float]] = {name: [] for name in predicts}
+        for batch in datamodule.test_dataloader():
+            image = enlarged(batch.image, size)
+            reference = predicts[PYTORCH](image)
+            mask = F.interpolate(batch.gt_mask[:, None].float(), reference[0].shape[-2:], mode="nearest")
+            for name, predict in predicts.items():
+                outputs = reference if name == PYTORCH else predict(image)
+                pairs = zip(outputs, reference, strict=True)
+                difference[name] = max(difference[name], *(float(np.abs(a - b).max()) for a, b in pairs))
+                flat = [maps[0].flatten() for maps in (outputs[0], reference[0])]
+                correlations[name].append(float(np.corrcoef(flat)[0, 1]))
+                maps, scores = (torch.from_numpy(output) for output in outputs)
+                metrics[name].update(maps, mask, scores, batch.gt_label, [category[path] for path in batch.image_path])
+        for name, metric in metrics.items():
+            mean = metric.compute()["mean"]
+            row: dict[str, Any] = {"size": size, "variant": name}
+            row |= {key: round(100 * mean[key], 3) for key in METRICS}
+            row |= {"largest_difference": difference[name], "images": len(samples)}
+            row |= {
+                "median_correlation": round(float(np.median(correlations[name])), 5),
+                "least_correlation": round(min(correlations[name]), 5),
+            }
+            rows.append(row)
+            print(row, flush=True)
     return rows
+
+
+def enlarged(image: Tensor, size: str) -> Tensor:
+    """Return images ``(1, 3, H, W)`` resized to a height, or as they are."""
+    if size == NATIVE:
+        return image
+    height, width = int(size), round(int(size) * image.shape[-1] / image.shape[-2])
+    return F.interpolate(image, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def speed(models: dict[str, UniAS], datamodule: Unified, folder: Path) -> list[dict[str, Any]]:
@@ -171,18 +197,24 @@ def write(path: Path, section: str, name: str, rows: list[dict[str, Any]]) -> No
 
 
 def summary(results: dict[str, Any]) -> dict[str, float | None]:
-    """Return the worst of all datasets, and the speed at full size; None: not measured."""
-    tables = [{row["variant"]: row for row in part["rows"]} for part in results["accuracy"].values()]
+    """Return the worst of all datasets and sizes, and the speed at full size; None: not measured."""
+    tables = [
+        {row["variant"]: row for row in part["rows"] if row.get("size", NATIVE) == size}
+        for part in results["accuracy"].values()
+        for size in dict.fromkeys(row.get("size", NATIVE) for row in part["rows"])
+    ]
 
-    def drop(metric: str) -> float | None:
-        return max((round(t[FLOAT32][metric] - t[INT8][metric], 3) for t in tables), default=None)
+    def drop(variant: str, metric: str) -> float | None:
+        return max((round(t[FLOAT32][metric] - t[variant][metric], 3) for t in tables), default=None)
 
     speeds = [row for part in results["speed"].values() for row in part["rows"]]
     full = [row["over_float32"] for row in speeds if row["model"] == "full size" and row["variant"] == INT8]
     return {
         "openvino_f32_max_abs_diff": max((t[FLOAT32]["largest_difference"] for t in tables), default=None),
-        "int8_pixel_ap_drop": drop("pixel_AP"),
-        "int8_image_auroc_drop": drop("image_AUROC"),
+        "int8_pixel_ap_drop": drop(INT8, "pixel_AP"),
+        "int8_image_auroc_drop": drop(INT8, "image_AUROC"),
+        "bfloat16_pixel_ap_drop": drop(BFLOAT16, "pixel_AP"),
+        "bfloat16_image_auroc_drop": drop(BFLOAT16, "image_AUROC"),
         "int8_over_f32_speed": min(full, default=None),
     }
 
@@ -191,7 +223,8 @@ def markdown(results: dict[str, Any]) -> str:
     """Return all results as Markdown."""
     text = [
         "# Export",
-        "Largest difference: of map and score from PyTorch's, both in [0, 1]. Metrics in percent, on deployed outputs.",
+        "Largest difference: of map and score from PyTorch's, both in [0, 1]. Metrics in percent, on deployed outputs. "
+        "Size: height that the images were resized to. Correlations: of an image's map with PyTorch's.",
         table([{"key": key, "value": value} for key, value in results["summary"].items()], ("key", "value")),
     ]
     for section, parts in results.items():

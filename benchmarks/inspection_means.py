@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Print the three means of the inspection benchmark (real, synthetic, all) from a run's table.
 
-anomalib train --config configs/inspection.yaml --data.root DIR
+anomalib train --config benchmarks/configs/inspection.yaml --data.root DIR
 python benchmarks/inspection_means.py results/UniAS/inspection/latest/metrics/per_category.json
 """
 

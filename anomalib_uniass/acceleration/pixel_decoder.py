@@ -89,5 +89,3 @@ def affine_of_norm(projection: nn.Conv2d, norm: nn.GroupNorm, x: Tensor) -> tupl
         scale = weight.view_as(means[0]) * (group_variance + norm.eps).rsqrt()
         shift = bias.view_as(means[0]) - scale * group_mean
         return scale.flatten(1), shift.flatten(1)
-
-

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,17 +12,19 @@ from typing import Final
 
 import pandas as pd
 from anomalib.data.utils import LabelName
-from PIL import Image
+
+from anomalib_uniass.data.images import check_image, read_mask
+
+logger = logging.getLogger(__name__)
 
 _MOST_NAMED: Final = 5
-_JPEG_END: Final = b"\xff\xd9"
-_JPEG_TAIL_BYTES: Final = 4096
 
 
 def check_samples(samples: pd.DataFrame, *, needs_masks: bool) -> None:
     """Check every image and mask of a dataset.
 
-    Files are read once, in threads. PNG is judged by its checksums, JPEG by its end marker; other formats are decoded.
+    Files are read once, in threads. PNG is judged by its checksums, JPEG by its end marker; masks and other images are
+    decoded. Masks without a defect are a warning that names up to five: all their image counts as good then.
 
     Args:
         samples: Frame with the columns ``image_path``, ``label_index`` and ``mask_path`` (a path, a list of paths, or
@@ -29,25 +32,36 @@ def check_samples(samples: pd.DataFrame, *, needs_masks: bool) -> None:
         needs_masks: Whether every anomalous image must have a mask of its own size.
 
     Raises:
-        ValueError: If files are missing or unreadable, or masks missing or of another size; names up to five.
+        ValueError: If files are missing, unreadable or of a kind that cannot be read right, or masks missing or of
+            another size; names up to five.
     """
     with ThreadPoolExecutor(max_workers=min(16, 4 * (os.cpu_count() or 1))) as pool:
-        problems = [
-            problem
-            for problem in pool.map(
-                lambda row: _sample_problem(row.image_path, _mask_paths(row) if needs_masks else None),
+        findings = list(
+            pool.map(
+                lambda row: _check_sample(row.image_path, _mask_paths(row) if needs_masks else None),
                 samples[["image_path", "label_index", "mask_path"]].itertuples(index=False),
             )
-            if problem
-        ]
+        )
+    problems = [problem for problem, _ in findings if problem]
     if problems:
-        shown = "\n".join(f"  - {problem}" for problem in problems[:_MOST_NAMED])
-        more = f"\n  and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
         msg = (
-            f"{len(problems)} of {len(samples)} images cannot be used:\n{shown}{more}\n"
+            f"{len(problems)} of {len(samples)} images cannot be used:\n{_some(problems)}\n"
             "Replace these files, or remove each image together with its mask."
         )
         raise ValueError(msg)
+    if empty := [mask for _, mask in findings if mask]:
+        logger.warning(
+            "%d masks of anomalous images are all black, so metrics count the defects in these images as good pixels:"
+            "\n%s\nIf an image has no defect, move it to the good ones. In a JPEG mask a defect must be white (255).",
+            len(empty),
+            _some(empty),
+        )
+
+
+def _some(lines: list[str]) -> str:
+    """List the first lines and count the others."""
+    more = f"\n  and {len(lines) - _MOST_NAMED} more" if len(lines) > _MOST_NAMED else ""
+    return "\n".join(f"  - {line}" for line in lines[:_MOST_NAMED]) + more
 
 
 def _mask_paths(row: object) -> list[str] | None:
@@ -60,47 +74,28 @@ def _mask_paths(row: object) -> list[str] | None:
     return [str(path) for path in paths] if isinstance(paths, Iterable) else []
 
 
-def _sample_problem(image_path: str, mask_paths: list[str] | None) -> str | None:
-    """Say what is wrong with an image or its masks, None if nothing is."""
-    size, problem = _verify(image_path)
+def _check_sample(image_path: str, mask_paths: list[str] | None) -> tuple[str | None, str | None]:
+    """Say what is wrong with an image or its masks, and which mask is all black; None for nothing."""
+    size, problem = check_image(image_path)
     if problem or mask_paths is None:
-        return problem
+        return problem, None
     if not mask_paths:
-        return f"{image_path}: anomalous, but has no mask"
+        return f"{image_path}: anomalous, but has no mask", None
+    defective = False
     for mask_path in mask_paths:
-        mask_size, problem = _verify(mask_path)
-        if problem:
-            return f"{problem} (mask of {image_path})"
+        try:
+            mask = read_mask(mask_path)
+        except ValueError as error:
+            return f"{error} (mask of {image_path})", None
+        mask_size = (mask.shape[1], mask.shape[0])
         if mask_size != size:
-            return f"{mask_path}: mask of {_text(mask_size)} pixels, its image {image_path} has {_text(size)}"
-    return None
+            return f"{mask_path}: mask of {_text(mask_size)} pixels, its image {image_path} has {_text(size)}", None
+        defective |= bool(mask.any())
+    return None, None if defective else mask_paths[0]
 
 
 def _text(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-def _verify(path: str) -> tuple[tuple[int, int], str | None]:
-    """Return (width, height) of an image file and what is wrong with it."""
-    if not Path(path).is_file():
-        return (0, 0), f"{path}: missing"
-    try:
-        with Image.open(path) as image:
-            size, file_format = image.size, image.format
-            image.verify()
-        if file_format != "PNG" and not (file_format == "JPEG" and _has_jpeg_end(path)):
-            # Pillow verifies PNG alone, so let the decoder decide on the others and on a JPEG without end marker.
-            with Image.open(path) as image:
-                image.load()
-    except Exception as error:  # whatever Pillow raises, the file is of no use
-        return (0, 0), f"{path}: unreadable ({type(error).__name__}: {error})"
-    return size, None
-
-
-def _has_jpeg_end(path: str) -> bool:
-    with Path(path).open("rb") as file:
-        file.seek(-min(_JPEG_TAIL_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
-        return _JPEG_END in file.read()
 
 
 def images_without_mask(folder: Path) -> list[Path]:

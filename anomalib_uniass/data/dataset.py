@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import pandas as pd
 import torch
-from anomalib.data import ImageItem
+from anomalib import TaskType
+from anomalib.data import ImageItem, MVTecLOCODataset
 from anomalib.data.dataclasses import DatasetItem
 from anomalib.data.datasets.base import AnomalibDataset
 from anomalib.data.utils import LabelName
@@ -20,6 +21,7 @@ from torchvision.transforms.v2 import RandomVerticalFlip as VFlip
 from torchvision.tv_tensors import Mask
 
 from anomalib_uniass.data.image_cache import ImageCache
+from anomalib_uniass.data.images import read_image, read_mask
 
 FLIP_PROBABILITY = 0.3
 
@@ -49,11 +51,11 @@ def category_augmentation(*, hflip: bool, vflip: bool, rotate: bool) -> Transfor
 
 
 class UnifiedDataset(AnomalibDataset):
-    """Samples of several categories, read the way their source reads one.
+    """Samples of several categories.
 
-    ``samples`` is the frame of the source with one more column, ``category``. Items come from the source's own
-    ``__getitem__``, so datasets with several masks per image (MVTec LOCO) keep working.
-    Make one with :meth:`join`.
+    ``samples`` is the frame of the source with one more column, ``category``. Images and masks are read by
+    :mod:`anomalib_uniass.data.images`, several masks of an image (MVTec LOCO) into one; a source from outside anomalib
+    that has a ``__getitem__`` of its own reads its items itself. Make one with :meth:`join`.
 
     Args:
         reader: Dataset of the source class that holds the joined samples and reads the items.
@@ -117,10 +119,10 @@ class UnifiedDataset(AnomalibDataset):
             index: Position in ``samples``.
 
         Returns:
-            The source's item; image ``(3, H, W)`` in [0, 1], mask ``(H, W)`` if the task is segmentation.
+            Image ``(3, H, W)`` in [0, 1], mask ``(H, W)`` if the task is segmentation, label and paths.
 
         Raises:
-            RuntimeError: If the image or its mask cannot be decoded.
+            RuntimeError: If the image or its mask cannot be read right.
         """
         sample = self.samples.iloc[index]
         augmentation = self.category_augmentations.get(sample.category)
@@ -139,17 +141,45 @@ class UnifiedDataset(AnomalibDataset):
         )
 
     def _read(self, index: int, *steps: Transform | None) -> DatasetItem[Any]:
-        """Let the source read an item and transform image and mask."""
+        """Read an item and transform image and mask."""
         transforms = [step for step in steps if step is not None]
+        augmentations = Compose(transforms) if transforms else None
+        if type(self.reader).__getitem__ in (AnomalibDataset.__getitem__, MVTecLOCODataset.__getitem__):
+            return self._read_item(index, augmentations or Identity())
         # A copy, because the reader's augmentations differ from one item to the next.
         reader = copy.copy(self.reader)
-        reader.augmentations = Compose(transforms) if transforms else None
+        reader.augmentations = augmentations
         try:
             return reader[index]
         except (OSError, SyntaxError) as error:  # Pillow reports a broken PNG as SyntaxError
-            sample = self.samples.iloc[index]
-            msg = (
-                f"Cannot read image {sample.image_path} or its mask {sample.mask_path!r} (category "
-                f"{sample.category!r}): {error}. Replace the file or remove image and mask."
-            )
-            raise RuntimeError(msg) from error
+            raise self._unreadable(index, error) from error
+
+    def _read_item(self, index: int, augmentations: Transform) -> ImageItem:
+        """Read an item as anomalib's image datasets do, but for the files that they misread."""
+        sample = self.samples.iloc[index]
+        masks = [sample.mask_path] if isinstance(sample.mask_path, str) else sample.mask_path
+        segmentation = self.task == TaskType.SEGMENTATION
+        try:
+            image = read_image(sample.image_path)
+            mask = Mask(torch.zeros(image.shape[-2:], dtype=torch.uint8))
+            if segmentation and sample.label_index == LabelName.ABNORMAL:
+                mask = Mask(torch.stack([read_mask(path) for path in masks]).amax(dim=0))
+        except ValueError as error:
+            raise self._unreadable(index, error) from error
+        image, mask = augmentations(image, mask) if segmentation else (augmentations(image), None)
+        unknown = sample.label_index == LabelName.UNKNOWN
+        return ImageItem(
+            image=image,
+            gt_mask=None if unknown else mask,
+            gt_label=None if unknown else torch.tensor(sample.label_index),
+            image_path=sample.image_path,
+            mask_path=masks[0] if isinstance(masks, list) and masks else None,
+        )
+
+    def _unreadable(self, index: int, error: Exception) -> RuntimeError:
+        """Make the error that says which image or mask of which category cannot be read."""
+        sample = self.samples.iloc[index]
+        return RuntimeError(
+            f"Cannot read image {sample.image_path} or its mask {sample.mask_path!r} (category {sample.category!r}): "
+            f"{error}"
+        )

@@ -6,12 +6,17 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Final, cast
 
 import anomalib.data
-from anomalib.data import AnomalibDataModule
+from anomalib.data import AnomalibDataModule, MVTecAD
+from anomalib.models import ALLOWED_MODULES
+
+from anomalib_uniass.data.mvtec_layout import MVTecLayout, is_category, is_hidden
 
 # Where a source keeps its category folders, relative to its root. The others keep them in the root itself.
 # Kaputt has none: its categories are a column of its metadata.
@@ -36,24 +41,22 @@ def _is_source(candidate: object) -> bool:
 def load_source(name: str) -> type[AnomalibDataModule]:
     """Find the datamodule class that reads one category.
 
+    A name may come from a configuration file of somebody else, so nothing is imported for it, and thereby run, but
+    what anomalib itself would import for a model.
+
     Args:
-        name: Name of a class in ``anomalib.data`` (``"MVTecAD"``), or a full class path (``"my_package.MyData"``).
+        name: Name of a class in ``anomalib.data`` (``"MVTecAD"``), or a full class path (``"my_package.MyData"``) in a
+            module that is imported already, or in a package of ``anomalib.models.ALLOWED_MODULES``.
 
     Returns:
         An image datamodule class whose constructor takes ``root`` and ``category``.
 
     Raises:
-        ValueError: If there is no such class, or it does not read images of one category.
+        ValueError: If there is no such class, it does not read images of one category, or its module is neither
+            imported nor allowed.
     """
-    if "." in name:
-        module, _, attribute = name.rpartition(".")
-        try:
-            candidate = getattr(importlib.import_module(module), attribute, None)
-        except ImportError as error:
-            msg = f"source={name!r} cannot be imported: {error}"
-            raise ValueError(msg) from error
-    else:
-        candidate = getattr(anomalib.data, name, None)
+    module, _, attribute = name.rpartition(".")
+    candidate = getattr(_imported(module, name) if module else anomalib.data, attribute, None)
     if not _is_source(candidate):
         usable = sorted(key for key, value in vars(anomalib.data).items() if _is_source(value))
         msg = (
@@ -62,6 +65,44 @@ def load_source(name: str) -> type[AnomalibDataModule]:
         )
         raise ValueError(msg)
     return cast(type[AnomalibDataModule], candidate)
+
+
+def _imported(module: str, name: str) -> ModuleType:
+    """Return a module that is imported already or that anomalib's list allows to import."""
+    if module in sys.modules:
+        return sys.modules[module]
+    parts = module.split(".")
+    if not {".".join(parts[:end]) for end in range(1, len(parts) + 1)} & ALLOWED_MODULES:
+        msg = (
+            f"source={name!r} is in a module that is not imported, and a configuration may not import any. If you "
+            f"trust it write `import {module}` before, or `anomalib.models.ALLOWED_MODULES.add({parts[0]!r})`."
+        )
+        raise ValueError(msg)
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        msg = f"source={name!r} cannot be imported: {error}"
+        raise ValueError(msg) from error
+
+
+def read_with(source: type[AnomalibDataModule], *, root: Path, category: str) -> AnomalibDataModule:
+    """Make the datamodule of one category.
+
+    Args:
+        source: Class from :func:`load_source`; anomalib's ``MVTecAD`` is read by our :class:`MVTecLayout`.
+        root: Root folder of the dataset.
+        category: Name of the category.
+
+    Returns:
+        A datamodule whose ``prepare_data`` and ``_setup`` read the category.
+    """
+    reader = MVTecLayout if source is MVTecAD else source
+    return reader(root=root, category=category)  # type: ignore[call-arg]
+
+
+def has_mvtec_layout(source: type[AnomalibDataModule]) -> bool:
+    """Whether a source is read by our :class:`MVTecLayout`."""
+    return source is MVTecAD or issubclass(source, MVTecLayout)
 
 
 def official_categories(source: type[AnomalibDataModule]) -> tuple[str, ...]:
@@ -91,7 +132,7 @@ def category_folders(source: type[AnomalibDataModule], root: Path) -> dict[str, 
     for parent in _CATEGORY_PARENTS.get(source.__name__, (".",)):
         if (root / parent).is_dir():
             for folder in sorted((root / parent).iterdir()):
-                if folder.is_dir() and not folder.name.startswith("."):
+                if folder.is_dir() and not is_hidden(folder):
                     folders.setdefault(folder.name, []).append(folder)
     return dict(sorted(folders.items()))
 
@@ -104,9 +145,12 @@ def present_categories(source: type[AnomalibDataModule], root: Path) -> list[str
         root: Root folder of the dataset; need not exist.
 
     Returns:
-        Sorted names of the folders with a file below their ``train`` folder, and of the source's official categories
-        with a file anywhere below (VisA before its conversion, Real-IAD).
+        Sorted names: in the layout of MVTec AD all folders that are meant as categories, complete or not; else those
+        with a file below their ``train`` folder, and the source's official categories with a file anywhere below (VisA
+        before its conversion, Real-IAD).
     """
+    if has_mvtec_layout(source):
+        return [name for name, (folder,) in category_folders(source, root).items() if is_category(folder)]
     official = official_categories(source)
     return [
         name
@@ -116,7 +160,7 @@ def present_categories(source: type[AnomalibDataModule], root: Path) -> list[str
 
 
 def _holds_file(folder: Path) -> bool:
-    return any(path.is_file() for path in folder.rglob("*"))
+    return any(path.is_file() and not is_hidden(path) for path in folder.rglob("*"))
 
 
 def check_names(names: Sequence[str], known: Iterable[str], *, argument: str, context: str) -> None:

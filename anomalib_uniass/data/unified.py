@@ -2,11 +2,13 @@
 """One datamodule for all categories of an anomaly detection dataset."""
 
 import logging
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
+from anomalib import TaskType
 from anomalib.data import AnomalibDataModule
 from anomalib.data.datasets.base import AnomalibDataset
 from anomalib.data.utils import TestSplitMode, ValSplitMode
@@ -14,17 +16,22 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Transform
 
+from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_seed, check_text, check_whole
 from anomalib_uniass.data.checks import check_samples, images_without_mask
 from anomalib_uniass.data.dataset import UnifiedDataset, category_augmentation
 from anomalib_uniass.data.image_cache import ImageCache, fixed_resize
+from anomalib_uniass.data.mvtec_layout import LayoutError, explain_root
 from anomalib_uniass.data.sources import (
     category_folders,
     check_names,
+    has_mvtec_layout,
     load_source,
     official_categories,
     present_categories,
+    read_with,
 )
 from anomalib_uniass.metrics import CategoryMetricsCallback, ComparisonCallback
+from anomalib_uniass.metrics.category_metrics import MEAN
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +44,9 @@ class Unified(AnomalibDataModule):
     the trainer. Before training it checks every image and mask.
 
     Own data: photographs in MVTec AD layout (``ROOT/<category>/train/good``, ``test/good``, ``test/<defect>``,
-    ``ground_truth/<defect>``, all PNG) are read with ``source="MVTecAD"`` whatever the categories are called. JPEG is
-    read by ``source="Visa"`` from ``ROOT/visa_pytorch/<category>/...`` of the same layout.
+    ``ground_truth/<defect>``) are read by the default source whatever the categories are called, in any format that
+    Pillow opens, masks likewise; see :class:`~anomalib_uniass.data.mvtec_layout.MVTecLayout`. Without any
+    ``ground_truth`` the labels of the images are all there is, and metrics of pixels are left out.
 
     Validation: the default ``val_split_mode="from_train"`` takes ``val_split_ratio`` of each category's training images
     (at least one, never all), so that nothing is chosen on the test set. It holds no anomalies: UniAS and UniAD take
@@ -48,10 +56,12 @@ class Unified(AnomalibDataModule):
 
     Args:
         source: Name in ``anomalib.data`` (``MVTecAD``, ``Visa``, ``MVTecLOCO``, ``BTech``, ``MPDD``, ...) or full class
-            path of the image datamodule that reads one category.
+            path of the image datamodule that reads one category; import its module before (see
+            :func:`~anomalib_uniass.data.sources.load_source`).
         root: Root folder of the dataset; None takes the source's default.
         categories: Categories to join. None takes those found below ``root``, or if there is no ``root`` yet the
-            official ones of the source. Quote numbers in YAML (``"01"``).
+            official ones of the source (but MVTec AD is downloaded only to its default ``root``, or for categories
+            that are named here). Quote numbers in YAML (``"01"``).
         train_batch_size: Images per training batch.
         eval_batch_size: Images per validation and test batch.
         num_workers: Worker processes per data loader.
@@ -76,8 +86,8 @@ class Unified(AnomalibDataModule):
             to a fixed size (the models' own), a square for ``rotate``, and no ``train_augmentations``.
 
     Raises:
-        ValueError: If the source, a category or the validation split is unknown or out of range, or if ``cache_images``
-            would freeze an augmentation.
+        ValueError: If the source, a category or the validation split is unknown or out of range, if a category has the
+            name of the table's last row, ``mean``, or if ``cache_images`` would freeze an augmentation.
 
     Example:
         >>> from anomalib.engine import Engine
@@ -110,15 +120,32 @@ class Unified(AnomalibDataModule):
         comparison: Path | str | None = None,
         cache_images: bool = False,
     ) -> None:
+        check_choice("val_split_mode", val_split_mode, [mode.value for mode in ValSplitMode])
         if ValSplitMode(val_split_mode) == ValSplitMode.NONE:
             msg = (
                 "val_split_mode='none' cannot work: anomalib takes its thresholds from a validation set. "
                 "Use 'from_train' (default) to keep it off the test set."
             )
             raise ValueError(msg)
-        if not 0 < val_split_ratio < 1:
-            msg = f"val_split_ratio must lie between 0 and 1 (exclusive), got {val_split_ratio}."
-            raise ValueError(msg)
+        check_number("val_split_ratio", val_split_ratio, above=0, below=1)
+        check_whole("train_batch_size", train_batch_size, at_least=1)
+        check_whole("eval_batch_size", eval_batch_size, at_least=1)
+        check_whole("num_workers", num_workers, at_least=0)
+        if seed is not None:
+            check_seed(seed)
+        check_flag("cache_images", cache_images)
+        check_text("source", source)
+        if comparison is not None:
+            check_text("comparison", str(comparison) if isinstance(comparison, Path) else comparison)
+        for name, transform in (
+            ("train_augmentations", train_augmentations),
+            ("val_augmentations", val_augmentations),
+            ("test_augmentations", test_augmentations),
+            ("augmentations", augmentations),
+        ):
+            if transform is not None and not isinstance(transform, Transform):
+                msg = f"{name} must be a transform of torchvision.transforms.v2, got {transform!r}."
+                raise ValueError(msg)
         super().__init__(
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,
@@ -136,6 +163,8 @@ class Unified(AnomalibDataModule):
         # Without a root the source says where it keeps its data.
         self.root: Path = self.source().root if root is None else Path(root)  # type: ignore[attr-defined, call-arg]
         self.categories = self._choose_categories(categories)
+        # A misspelt root must not fetch 5 GB of somebody else's parts.
+        self._on_disk_only = has_mvtec_layout(self.source) and root is not None and categories is None
         self.hflip = self._known_names(hflip, "hflip")
         self.vflip = self._known_names(vflip, "vflip")
         self.rotate = self._known_names(rotate, "rotate")
@@ -148,14 +177,21 @@ class Unified(AnomalibDataModule):
 
     def _known_names(self, names: Sequence[str] | None, argument: str) -> list[str]:
         """Turn an argument into a list of category names that the source or the root folder knows."""
-        if isinstance(names, str):
-            msg = f"{argument} must be a list of category names, got the string {names!r}."
+        if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
+            msg = f"{argument} must be a list of category names, got {names!r}."
             raise TypeError(msg)
-        names = [str(name) for name in names or ()]
         known = {*self._official_categories(), *category_folders(self.source, self.root)}
+        # An umlaut may be one character or two: macOS writes names of folders otherwise than people type them.
+        typed = {unicodedata.normalize("NFC", name): name for name in known}
+        names = [
+            name if name in known else typed.get(unicodedata.normalize("NFC", name), name)
+            for name in map(str, names or ())
+        ]
         context = f"{self.source.__name__} and the folders of {self.root}"
         if not self.root.is_dir():
             context = f"{self.source.__name__} ({self.root} does not exist)"
+        elif has_mvtec_layout(self.source) and (guess := explain_root(self.root)):
+            context += f" ({guess})"
         check_names(names, known, argument=argument, context=context)
         return names
 
@@ -175,6 +211,12 @@ class Unified(AnomalibDataModule):
                 f"{self.root}. Give at least one category, or the folder that holds the category folders as root."
             )
             raise ValueError(msg)
+        if MEAN in chosen:
+            msg = (
+                f"No category can be called {MEAN!r}: the row of the mean in tables of metrics has this name. "
+                f"Rename the folder {self.root / MEAN}, or leave it out of `categories`."
+            )
+            raise ValueError(msg)
         return chosen
 
     @property
@@ -190,7 +232,8 @@ class Unified(AnomalibDataModule):
         """Let the source download or convert what it needs, once, if there is no data below ``root`` yet.
 
         Raises:
-            FileNotFoundError: If ``root`` holds other folders than those asked for; nothing is downloaded then.
+            FileNotFoundError: If ``root`` holds other folders than those asked for, or is given and holds no category
+                in the layout of MVTec AD; nothing is downloaded then.
         """
         self._check_folders()
         for part in self._parts().values():
@@ -200,29 +243,35 @@ class Unified(AnomalibDataModule):
         """Refuse a root that holds data, but not all that is asked for; the source would download everything again."""
         folders = category_folders(self.source, self.root)
         present = present_categories(self.source, self.root)
+        guess = explain_root(self.root) if has_mvtec_layout(self.source) and not present else ""
+        if self._on_disk_only and not present:
+            there = "does not exist" if not self.root.exists() else "holds no category"
+            msg = (
+                f"root {self.root} {there}. " + (f"{guess} " if guess else "") + "Expected the folders "
+                f"{self.root}/<category>/train/good and test. To download MVTec AD use the datamodule MVTec."
+            )
+            raise FileNotFoundError(msg)
         missing = [category for category in self.categories if category not in present]
         if folders and missing:
             found = f"the categories {', '.join(present)}" if present else f"no category, only {', '.join(folders)}"
             msg = (
                 f"{self.root} lacks {len(missing)} of {len(self.categories)} categories, or their training images: "
-                f"{', '.join(missing)}. It holds {found}. Give a subset in `categories`, add the folders, or give "
-                f"another `root`; if it does not exist, {self.source.__name__} downloads or explains how to."
+                f"{', '.join(missing)}. It holds {found}. " + (f"{guess} " if guess else "") + "Give a subset in "
+                f"`categories`, add the folders, or give another `root`; if it does not exist, {self.source.__name__} "
+                "downloads or explains how to."
             )
             raise FileNotFoundError(msg)
 
     def _parts(self) -> dict[str, AnomalibDataModule]:
         """Make the source's datamodule of each category."""
-        return {
-            category: self.source(root=self.root, category=category)  # type: ignore[call-arg]
-            for category in self.categories
-        }
+        return {category: read_with(self.source, root=self.root, category=category) for category in self.categories}
 
     def _setup(self, _stage: str | None = None) -> None:
         """Read all categories and join them."""
         self._check_folders()
         parts = self._parts()
-        for category, part in parts.items():
-            self._read(category, part)
+        self._read(parts)
+        _agree_on_task(parts)
         self.train_data = self._join({category: part.train_data for category, part in parts.items()}, "training")
         self.test_data = self._join({category: part.test_data for category, part in parts.items()}, "test")
         subsets = [self.train_data, self.test_data]
@@ -241,16 +290,22 @@ class Unified(AnomalibDataModule):
                 check_samples(subset.samples, needs_masks=subset.task == "segmentation")
             self._checked = True
 
-    def _read(self, category: str, part: AnomalibDataModule) -> None:
-        """Let the source read a category, and say which one if it fails."""
-        try:
-            part._setup()
-        except Exception as error:  # a source may raise anything
-            folders = category_folders(self.source, self.root).get(category, [])
-            unmasked = [str(image) for folder in folders for image in images_without_mask(folder)]
-            hint = f"\nImages without a mask: {', '.join(unmasked[:5])}." if unmasked else ""
-            msg = f"{self.source.__name__} cannot read category {category!r} below {self.root}: {error}{hint}"
-            raise RuntimeError(msg) from error
+    def _read(self, parts: Mapping[str, AnomalibDataModule]) -> None:
+        """Let the source read every category, and say which one if it fails."""
+        problems = []
+        for category, part in parts.items():
+            try:
+                part._setup()
+            except LayoutError as error:
+                problems.append(str(error))
+            except Exception as error:  # a source may raise anything
+                folders = category_folders(self.source, self.root).get(category, [])
+                unmasked = [str(image) for folder in folders for image in images_without_mask(folder)]
+                hint = f"\nImages without a mask: {', '.join(unmasked[:5])}." if unmasked else ""
+                msg = f"{self.source.__name__} cannot read category {category!r} below {self.root}: {error}{hint}"
+                raise RuntimeError(msg) from error
+        if problems:
+            raise LayoutError("\n".join(problems))
 
     def _join(self, datasets: Mapping[str, AnomalibDataset], purpose: str) -> UnifiedDataset:
         """Join the datasets of all categories, none of which may be empty."""
@@ -302,7 +357,8 @@ class Unified(AnomalibDataModule):
         Raises:
             FileNotFoundError: If ``root`` holds data but lacks a category.
             RuntimeError: If the source cannot read a category.
-            ValueError: If a category is empty or a file cannot be used.
+            ValueError: If a category is empty or differs from the layout, if some categories have masks and others
+                have none, or if a file cannot be used.
         """
         super().setup(stage)
         if self.trainer is not None:
@@ -361,6 +417,28 @@ def split_rows(categories: pd.Series, *, ratio: float, seed: int | None) -> list
     return sorted(rows)
 
 
+def _agree_on_task(parts: Mapping[str, AnomalibDataModule]) -> None:
+    """Let categories without anomalous images take the task of the others, which must be the same.
+
+    Raises:
+        ValueError: If some categories have masks and others have none.
+    """
+    without = [category for category, part in parts.items() if part.test_data.task == TaskType.CLASSIFICATION]
+    rest = [category for category in parts if category not in without]
+    masked = [category for category in rest if parts[category].test_data.has_anomalous]
+    if without and masked:
+        msg = (
+            f"All categories must have masks, or none. With masks: {', '.join(masked)}. Without: {', '.join(without)}. "
+            "Add the masks, or choose by `categories`."
+        )
+        raise ValueError(msg)
+    if without:
+        logger.warning("There are no masks, only labels of images: metrics of pixels are left out.")
+        for part in (parts[category] for category in rest):
+            for data in (part.train_data, part.test_data):
+                data.samples.attrs["task"] = TaskType.CLASSIFICATION.value
+
+
 def _below(samples: pd.DataFrame, *, link: Path) -> pd.DataFrame:
     """Give paths below a category folder that is a symbolic link the name they have below the root.
 
@@ -377,4 +455,6 @@ def _below(samples: pd.DataFrame, *, link: Path) -> pd.DataFrame:
             return str(link / Path(path).relative_to(target))
         return path
 
-    return samples.assign(image_path=samples["image_path"].map(rename), mask_path=samples["mask_path"].map(rename))
+    # Not `map`, which makes NaN of None.
+    masks = pd.Series([rename(path) for path in samples["mask_path"]], index=samples.index, dtype=object)
+    return samples.assign(image_path=samples["image_path"].map(rename), mask_path=masks)

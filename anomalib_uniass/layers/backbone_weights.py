@@ -25,14 +25,10 @@ def load_backbone_weights(network: nn.Module, backbone: str, weights: str | Path
 
     Raises:
         FileNotFoundError: If ``weights`` is neither a file nor such a package.
-        ValueError: If the file's entries fit the network neither by key nor by order.
+        ValueError: If the file holds no state dict, or its entries fit the network neither by key nor by order.
     """
     path = resolve_weights(weights)
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    source = {key.removeprefix("module."): value for key, value in content.items()}
+    source = read_state_dict(path)
     wanted = network.state_dict()
     # A larger network of the same family holds all keys of a smaller one: only the exact set is taken by name.
     if source.keys() not in (wanted.keys(), _classifier_state_dict(backbone).keys()):
@@ -46,6 +42,36 @@ def load_backbone_weights(network: nn.Module, backbone: str, weights: str | Path
         msg = f"{path} does not fit backbone {backbone!r}: {'; '.join(misshapen[:5])}."
         raise ValueError(msg)
     network.load_state_dict({key: source[key] for key in wanted})
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict from a file, alone or under ``state_dict`` or ``model``, without ``module.`` before its keys.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file cannot be read or holds something else, or a value that is not finite.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch raises whatever the file's bytes lead to
+        msg = (
+            f"Expected {path} to be a file that torch.save made of names and tensors, but reading it ends in "
+            f"{type(error).__name__}. Save the model's state_dict(), not the model, or fetch the file again."
+        )
+        raise ValueError(msg) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        msg = f"Expected {path} to hold a state dict (names and tensors), got {type(content).__name__}."
+        raise ValueError(msg)
+    broken = [str(key) for key, value in content.items() if not torch.isfinite(value).all()]
+    if broken:
+        msg = f"Expected {path} to hold finite weights, got NaN or infinity in {', '.join(broken[:5])}."
+        raise ValueError(msg)
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 
 def resolve_weights(weights: str | Path) -> Path:

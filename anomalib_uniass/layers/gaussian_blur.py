@@ -30,4 +30,4 @@ class GaussianBlur2d(nn.Module):
         """Convolve depthwise."""
         channels, radius = x.shape[1], self.kernel.shape[-1] // 2
         padded = F.pad(x, (radius, radius, radius, radius), mode="reflect")
-        return F.conv2d(padded, self.kernel.expand(channels, -1, -1, -1), groups=channels)
+        return F.conv2d(padded, self.kernel.to(x.dtype).expand(channels, -1, -1, -1), groups=channels)

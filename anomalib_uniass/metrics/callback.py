@@ -5,12 +5,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from torchmetrics.utilities import rank_zero_warn
 
 from anomalib_uniass.metrics.category_metrics import MEAN, CategoryMetrics
 from anomalib_uniass.metrics.functional import METRICS
@@ -31,6 +33,9 @@ class CategoryMetricsCallback(Callback):
 
     The category of an image comes from the column `category` of `datamodule.test_data.samples` if there is one; else
     all images belong to the datamodule's `category` or, if that is empty, to its name; without a datamodule to "all".
+
+    In a distributed test the images that the sampler repeats, to give every process equally many, count once. They are
+    known by their path.
 
     Attributes:
         table: Result of the last test (`CategoryMetrics.compute`), None before.
@@ -58,6 +63,7 @@ class CategoryMetricsCallback(Callback):
         datamodule = getattr(trainer, "datamodule", None)
         self._category_of_path = _sample_categories(datamodule)
         self._default_category = _default_category(datamodule)
+        _warn_of_repeated_paths(datamodule, trainer.world_size)
         categories = set(self._category_of_path.values()) or {self._default_category}
         self._metric = CategoryMetrics(sorted(categories))
 
@@ -90,6 +96,7 @@ class CategoryMetricsCallback(Callback):
             pred_score=pred_score.flatten(),
             gt_label=batch.gt_label.flatten(),
             category=self._categories(batch),
+            image=None if batch.image_path is None else [str(path) for path in batch.image_path],
         )
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -129,9 +136,28 @@ class CategoryMetricsCallback(Callback):
             logger.info("per-category metrics saved to %s and %s", *paths)
 
 
+def _test_samples(datamodule: LightningDataModule | None) -> pd.DataFrame | None:
+    samples: pd.DataFrame | None = getattr(getattr(datamodule, "test_data", None), "samples", None)
+    return samples
+
+
+def _warn_of_repeated_paths(datamodule: LightningDataModule | None, processes: int) -> None:
+    """Warn if images are listed several times and spread over processes, where such lines look like repeats."""
+    samples = _test_samples(datamodule)
+    if processes == 1 or samples is None or "image_path" not in samples.columns:
+        return
+    repeated = samples["image_path"][samples["image_path"].duplicated()]
+    if len(repeated):
+        rank_zero_warn(
+            f"The test samples list {repeated.nunique()} images several times, such as {repeated.iloc[0]}. With "
+            f"{processes} processes they may count once. Test in one (--trainer.devices 1) to have every line counted.",
+            UserWarning,
+        )
+
+
 def _sample_categories(datamodule: LightningDataModule | None) -> dict[str, str]:
     """Category by image path, empty if the test samples have no such column."""
-    samples = getattr(getattr(datamodule, "test_data", None), "samples", None)
+    samples = _test_samples(datamodule)
     if samples is None or "category" not in samples.columns:
         return {}
     return dict(zip(samples["image_path"].astype(str), samples["category"].astype(str), strict=True))

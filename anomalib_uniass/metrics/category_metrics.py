@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Torchmetrics state around the pure functions: one row of metrics per category and their mean."""
 
+import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +24,9 @@ class CategoryMetrics(Metric):
     The protocol of the UniAS release's evaluation: every category is scored over all its test images on raw maps; the
     reported value is the plain mean over categories.
 
-    States are tensors that torchmetrics gathers across ranks, kept on the CPU: 5 bytes per pixel. With a sampler that
-    pads the test set (PyTorch's `DistributedSampler`) repeated images are counted as often as they were seen.
+    States are tensors that torchmetrics gathers across ranks, kept on the CPU: 5 bytes per pixel. PyTorch's
+    `DistributedSampler` repeats images until every rank has equally many. Hence an image counts on the first rank that
+    has it; a rank by itself gets no repeats, so all that it has count.
 
     Args:
         categories: All category names that `update` may bring, the same on every rank.
@@ -48,6 +51,7 @@ class CategoryMetrics(Metric):
     pred_score: list[Tensor]
     gt_label: list[Tensor]
     category_id: list[Tensor]
+    image_key: list[Tensor]
 
     def __init__(self, categories: Sequence[str]) -> None:
         super().__init__(compute_on_cpu=True, dist_sync_fn=_gather_to_cpu)
@@ -57,7 +61,7 @@ class CategoryMetrics(Metric):
             raise ValueError(msg)
         # Names do not gather across ranks, ids do.
         self._ids = {name: index for index, name in enumerate(self.categories)}
-        for state in ("anomaly_map", "gt_mask", "pred_score", "gt_label", "category_id"):
+        for state in ("anomaly_map", "gt_mask", "pred_score", "gt_label", "category_id", "image_key"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
     @property
@@ -73,6 +77,7 @@ class CategoryMetrics(Metric):
         pred_score: Tensor,
         gt_label: Tensor,
         category: Sequence[str],
+        image: Sequence[str] | None = None,
     ) -> None:
         """Keep copies of a batch; pixels are kept only if there are both maps and masks.
 
@@ -82,12 +87,16 @@ class CategoryMetrics(Metric):
             pred_score: (B,) image scores.
             gt_label: (B,) image labels, nonzero is anomalous.
             category: B category names.
+            image: B names of the images, such as their paths, by which ranks know repeats. None, or an empty name, for
+                images that have none and always count.
 
         Raises:
             ValueError: If shapes do not fit each other or earlier batches, a score is not finite, a category is
                 unknown, or only some batches have maps and masks.
         """
         ids = self._category_ids(category)
+        keys = _image_keys([""] * len(ids) if image is None else image)
+        check_shape(keys[:, 0], (len(ids),), "image")
         check_shape(pred_score, (len(ids),), "pred_score")
         check_shape(gt_label, (len(ids),), "gt_label")
         check_finite(pred_score, "pred_score")
@@ -100,6 +109,7 @@ class CategoryMetrics(Metric):
         self.pred_score.append(_cpu_copy(pred_score, torch.float32))
         self.gt_label.append(_cpu_copy(gt_label, torch.bool))
         self.category_id.append(ids)
+        self.image_key.append(keys)
 
     def compute(self) -> dict[str, dict[str, float]]:
         """Compute every category, one after the other, and their mean.
@@ -112,9 +122,10 @@ class CategoryMetrics(Metric):
         has_pixels = bool(_entries(self.anomaly_map))
         if not has_pixels:
             rank_zero_warn(f"No anomaly maps or no masks were given: {', '.join(PIXEL_METRICS)} are NaN.", UserWarning)
+        counted = self._counted()
         table = {}
         for name, index in self._ids.items():
-            row = self._compute_row(index, has_pixels=has_pixels)
+            row = self._compute_row(index, counted, has_pixels=has_pixels)
             _warn_undefined(name, row, has_pixels=has_pixels)
             table[name] = row
         table[MEAN] = _mean_row(list(table.values()))
@@ -136,8 +147,28 @@ class CategoryMetrics(Metric):
         self.anomaly_map.append(_cpu_copy(anomaly_map, torch.float32))
         self.gt_mask.append(_cpu_copy(gt_mask, torch.bool))
 
-    def _compute_row(self, index: int, *, has_pixels: bool) -> dict[str, float]:
-        chosen = [ids == index for ids in _entries(self.category_id)]
+    def _counted(self) -> list[Tensor]:
+        """Return for every batch which images count, ``(B,)`` bool: those that no lower rank has too."""
+        batches = _entries(self.image_key)
+        if not batches:
+            return []
+        keys = torch.cat(batches)
+        digest, rank = keys[:, :2], keys[:, 2]
+        is_nameless = (digest == 0).all(dim=1)
+        if is_nameless.any() and len(rank.unique()) > 1:
+            rank_zero_warn(
+                f"{int(is_nameless.sum())} images came without a name from several processes: those that the sampler "
+                "repeated to give each process equally many count twice. Test in one process for exact figures.",
+                UserWarning,
+            )
+        _, image = digest.unique(dim=0, return_inverse=True)
+        first_rank = torch.full_like(rank, torch.iinfo(rank.dtype).max).scatter_reduce(0, image, rank, "amin")
+        counted = is_nameless | (rank == first_rank[image])
+        return list(counted.split([len(batch) for batch in batches]))
+
+    def _compute_row(self, index: int, counted: list[Tensor], *, has_pixels: bool) -> dict[str, float]:
+        categories = _entries(self.category_id)
+        chosen = [(ids == index) & counts for ids, counts in zip(categories, counted, strict=True)]
         row = dict.fromkeys(METRICS, math.nan)
         n_images = sum(int(mask.sum()) for mask in chosen)
         if n_images == 0:
@@ -161,8 +192,32 @@ def _cpu_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to("cpu", dtype, copy=True)
 
 
+def _image_keys(names: Sequence[str]) -> Tensor:
+    """Return ``(B, 3)`` int64: 128 bits of a hash of each name, 0 for an empty one, and the rank of this process."""
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if is_distributed else 0
+    # Names do not gather across ranks; hashes of this length do not collide.
+    digests = [hashlib.blake2b(name.encode(), digest_size=16).digest() if name else bytes(16) for name in names]
+    halves = [[int.from_bytes(half, "little", signed=True) for half in (d[:8], d[8:])] for d in digests]
+    return torch.tensor([[*pair, rank] for pair in halves], dtype=torch.int64).view(-1, 3)
+
+
 def _gather_to_cpu(state: Tensor, group: "torch.distributed.ProcessGroup | None" = None) -> list[Tensor]:
-    """Gather one state of all ranks; NCCL cannot gather CPU tensors, so it goes through the rank's GPU."""
+    """Gather one state of all ranks; NCCL cannot gather CPU tensors, so it goes through the rank's GPU.
+
+    Raises:
+        ValueError: If ranks have maps of different sizes.
+    """
+    kinds: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(kinds, (state.shape[1:], state.dtype) if state.numel() else None, group=group)
+    seen = {kind for kind in kinds if kind is not None}
+    if len(seen) > 1:
+        msg = f"all images and maps must share one size, got {sorted(tuple(shape) for shape, _ in seen)} on the ranks"
+        raise ValueError(msg)
+    if seen and not state.numel():
+        # Of a rank that saw no image; gathering takes tensors of equally many dimensions.
+        shape, dtype = seen.pop()
+        state = torch.empty(0, *shape, dtype=dtype)
     on_gpu = torch.distributed.get_backend(group) == "nccl"
     return [part.cpu() for part in gather_all_tensors(state.cuda() if on_gpu else state, group)]
 

@@ -8,12 +8,14 @@ import time
 import zlib
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 
+from anomalib_uniass.files import replace_text, replacing
 from anomalib_uniass.metrics.callback import CategoryMetricsCallback
 from anomalib_uniass.metrics.category_metrics import COUNTS
 from anomalib_uniass.metrics.functional import METRICS
@@ -27,7 +29,8 @@ class ComparisonCallback(Callback):
     A model's figures are kept in ``models/<class>-<code of its settings>.json``, written at the end of its test and
     replaced when the same class is tested again with the same settings. From these files, in the order of their tests,
     the comparison is made anew each time: ``table.csv``, ``table.md``, ``per_category.csv`` and ``pixel_AP.png`` (see
-    :func:`write_comparison`). Whatever happens to a later model, the rows of earlier ones stay.
+    :func:`write_comparison`). Whatever happens to a later model, the rows of earlier ones stay: a file is replaced in
+    one step or left as it was.
 
     Args:
         directory: Folder of the comparison, one for each dataset; made before the first epoch if needed.
@@ -43,6 +46,8 @@ class ComparisonCallback(Callback):
         del pl_module, stage
         if trainer.is_global_zero:
             (self.directory / "models").mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=self.directory), TemporaryDirectory(dir=self.directory / "models"):
+                pass
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -82,7 +87,7 @@ class ComparisonCallback(Callback):
             },
         }
         path = self.directory / "models" / f"{name}-{zlib.crc32(settings.encode()):08x}.json"
-        path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        replace_text(path, json.dumps(figures, indent=2, allow_nan=False) + "\n")
         write_comparison(self.directory)
 
 
@@ -100,10 +105,10 @@ def write_comparison(directory: Path | str) -> None:
 
     Raises:
         OSError: If a file cannot be read or written.
+        ValueError: If one in ``models`` is no JSON.
     """
     directory = Path(directory)
-    files = (directory / "models").glob("*.json")
-    models = sorted((json.loads(file.read_text(encoding="utf-8")) for file in files), key=lambda model: model["tested"])
+    models = sorted(map(_read_figures, (directory / "models").glob("*.json")), key=lambda model: model["tested"])
     means, categories, seen = [], [], Counter[str]()
     for figures in models:
         seen[figures["model"]] += 1
@@ -115,11 +120,24 @@ def write_comparison(directory: Path | str) -> None:
 
     table = pd.DataFrame(means)[["model", *METRICS, *COSTS, *COUNTS, "settings"]]
     table = table.astype({"parameters": "Int64", "trainable_parameters": "Int64"})
-    table.to_csv(directory / "table.csv", index=False)
-    (directory / "table.md").write_text(_markdown(table), encoding="utf-8")
+    with replacing(directory / "table.csv") as draft:
+        table.to_csv(draft, index=False)
+    replace_text(directory / "table.md", _markdown(table))
     per_category = pd.DataFrame(categories)[["model", "category", *COUNTS, *METRICS]]
-    per_category.to_csv(directory / "per_category.csv", index=False)
-    _plot(per_category).savefig(directory / "pixel_AP.png", dpi=150)
+    with replacing(directory / "per_category.csv") as draft:
+        per_category.to_csv(draft, index=False)
+    with replacing(directory / "pixel_AP.png") as draft:
+        _plot(per_category).savefig(draft, dpi=150)
+
+
+def _read_figures(path: Path) -> dict[str, Any]:
+    """Read the figures of a model."""
+    try:
+        figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        msg = f"{path} holds no figures of a model ({error}): delete it, and test that model again to have its row."
+        raise ValueError(msg) from error
+    return figures
 
 
 def _settings(model: LightningModule) -> str:
@@ -159,7 +177,7 @@ def _plot(per_category: pd.DataFrame) -> Figure:
     for i, name in enumerate(names):
         positions = [row + (i - (len(names) - 1) / 2) * width for row in range(len(wide))]
         axes.bar(positions, wide[name], width, label=name)
-    axes.set_xticks(range(len(wide)), wide.index, rotation=45, ha="right")
+    axes.set_xticks(range(len(wide)), wide.index, rotation=45, ha="right", parse_math=False)  # names may have a $
     axes.set_ylabel("pixel AP [%]")
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure

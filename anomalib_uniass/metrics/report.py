@@ -7,8 +7,10 @@ import math
 from pathlib import Path
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
+from anomalib_uniass.files import replace_text, replacing
 from anomalib_uniass.metrics.category_metrics import COUNTS, MEAN
 from anomalib_uniass.metrics.functional import METRICS
 
@@ -29,7 +31,7 @@ def format_table(table: dict[str, dict[str, float]], title: str | None = None) -
         if name == MEAN:
             output.add_section()
         percents = ("-" if math.isnan(row[key]) else f"{100 * row[key]:.2f}" for key in METRICS)
-        output.add_row(name, *(str(int(row[key])) for key in COUNTS), *percents)
+        output.add_row(escape(name), *(str(int(row[key])) for key in COUNTS), *percents)
     return output
 
 
@@ -42,6 +44,8 @@ def write_table(
     map_size: tuple[int, int] | None,
 ) -> tuple[Path, Path]:
     """Write `per_category.csv` and `per_category.json`, values in [0, 1] with full precision.
+
+    Each file replaces an earlier one in one step, or leaves it as it was.
 
     Args:
         table: Rows of `CategoryMetrics.compute`.
@@ -60,7 +64,7 @@ def write_table(
     directory.mkdir(parents=True, exist_ok=True)
     csv_path, json_path = directory / "per_category.csv", directory / "per_category.json"
 
-    with csv_path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(csv_path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["category", *COUNTS, *METRICS])
         for name, row in table.items():
@@ -77,5 +81,5 @@ def write_table(
         "categories": {name: row for name, row in rows.items() if name != MEAN},
         "mean": rows[MEAN],
     }
-    json_path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    replace_text(json_path, json.dumps(report, indent=2, allow_nan=False) + "\n")
     return csv_path, json_path

@@ -2,44 +2,63 @@
 """What the reconstruction models of this package share as anomalib models."""
 
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from anomalib import LearningType
 from anomalib.data import ImageBatch
+from anomalib.metrics import AnomalibMetric, Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from anomalib_uniass.components.pre_processor import AntialiasedPreProcessor
+from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_seed, check_text, check_whole
+from anomalib_uniass.deploy.export import ExportMixin
+from anomalib_uniass.deploy.pre_processor import AntialiasedPreProcessor
+from anomalib_uniass.distribution import keep_constants_local
+from anomalib_uniass.layers.seeding import random_states, set_random_states
 from anomalib_uniass.metrics import CategoryMetricsCallback
-from anomalib_uniass.models.export import ExportMixin
+from anomalib_uniass.models.complete_run import CompleteRunMixin
+from anomalib_uniass.prediction import PredictionMixin
 
 logger = logging.getLogger(__name__)
 
 GRADIENT_CLIP = 0.1
 STATISTICS_BATCHES = 100
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+"""What the trainer may compute in: anomalib's batches hold float32 images, whatever the weights are."""
+
 LRSchedule = Literal["step", "onecycle"]
 
 
-class ReconstructionMixin(ExportMixin):
+class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
     """Training, checkpoints and export of a frozen backbone with a trainable reconstruction network.
 
-    Expects of the class it is mixed into: ``self.model`` with ``backbone``, ``standardization`` and ``reconstruct``;
-    ``self.loss`` that takes what ``reconstruct`` returns; and the constructor arguments ``learning_rate``,
+    Expects of the class it is mixed into: ``self.model`` with ``backbone``, ``standardization``, ``reconstruct`` and
+    ``detect``; ``self.loss`` that takes what ``reconstruct`` returns; and the constructor arguments ``learning_rate``,
     ``weight_decay``, ``lr_schedule``, ``lr_step_epochs``, ``max_epochs``, ``pre_trained`` and ``weights``.
+
+    A run that goes on from a checkpoint of the end of an epoch draws the random numbers that it would have drawn, on
+    one device, so that it ends as if it had never stopped. From a checkpoint within an epoch (``val_check_interval``,
+    ``every_n_train_steps``) it does not: Lightning keeps the number of batches that were seen, not their order.
     """
 
     model: Any
     architecture: ClassVar[tuple[str, ...]]
     """Constructor arguments that a checkpoint must agree with."""
+    optimization = ("lr_schedule", "lr_step_epochs", "learning_rate", "weight_decay")
+    """Constructor arguments that a run which goes on takes from the checkpoint, in its optimizer and its schedule."""
+    _resumed: dict[str, Any] | None = None
+    """What a training goes on from: None outside of a training, empty in one that starts anew."""
 
     @staticmethod
     def configure_pre_processor(
@@ -59,11 +78,24 @@ class ReconstructionMixin(ExportMixin):
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Put the per-category metrics before anomalib's callbacks: they need maps that are not normalised yet."""
-        callbacks = super().configure_callbacks()
-        return [CategoryMetricsCallback(), *(callbacks if isinstance(callbacks, Sequence) else [callbacks])]
+        return [CategoryMetricsCallback(), *super().configure_callbacks()]
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Return anomalib's metrics, which leave out images without a decision: there may be no thresholds."""
+        evaluator = AnomalibModule.configure_evaluator()
+        for metric in evaluator.test_metrics:
+            cast("AnomalibMetric", metric).strict = False
+        return evaluator
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW and the chosen schedule."""
+        """Return AdamW and the chosen schedule.
+
+        Raises:
+            ValueError: If ``onecycle`` has no length, or a checkpoint to go on from was made for another optimization.
+        """
+        self._go_on_with_random_numbers()  # before the first batch is drawn
+        self._check_optimization_of_checkpoint()
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable, lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"]
@@ -71,9 +103,83 @@ class ReconstructionMixin(ExportMixin):
         if self.hparams["lr_schedule"] == "step":
             step = StepLR(optimizer, step_size=self.hparams["lr_step_epochs"], gamma=0.1)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": step, "interval": "epoch"}}
-        steps = int(self.trainer.estimated_stepping_batches)
-        one_cycle = OneCycleLR(optimizer, max_lr=self.hparams["learning_rate"], total_steps=steps, pct_start=0.1)
+        one_cycle = OneCycleLR(
+            optimizer, max_lr=self.hparams["learning_rate"], total_steps=self._one_cycle_steps(), pct_start=0.1
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": one_cycle, "interval": "step"}}
+
+    def _check_optimization_of_checkpoint(self) -> None:
+        """Refuse what the checkpoint's optimizer would override without a word."""
+        if not self._resumed:
+            return
+        if differences := _differences(self._resumed["hyper_parameters"], self.hparams, self.optimization):
+            msg = (
+                f"A run that goes on takes optimizer and schedule from its checkpoint ({'; '.join(differences)}). Set "
+                f"the same. {self._advice_to_start_anew()}"
+            )
+            raise ValueError(msg)
+
+    def _one_cycle_steps(self) -> int:
+        """Return the number of optimizer steps of the whole run."""
+        steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs
+        if not math.isfinite(steps):
+            msg = f"lr_schedule='onecycle' needs the length of the run, got max_epochs={epochs}. Set it."
+            raise ValueError(msg)
+        saved = self._resumed["total_steps"] if self._resumed else steps
+        if saved != steps:
+            msg = (
+                f"The onecycle schedule of the checkpoint has {saved} steps, this run wants {int(steps)} "
+                f"({epochs} epochs of {self.trainer.num_training_batches} batches). Set max_epochs, "
+                f"max_steps, batch size and data as at first. {self._advice_to_start_anew()}"
+            )
+            raise ValueError(msg)
+        return int(steps)
+
+    def _advice_to_start_anew(self) -> str:
+        name = type(self).__name__
+        return (
+            "To train longer or otherwise start a new training from the weights: "
+            f"Engine.fit({name}.load_from_checkpoint(PATH, lr_schedule=...)) without a ckpt_path."
+        )
+
+    def setup(self, stage: str) -> None:
+        """Refuse precisions that have weights of another type than the images; spare a distributed run the constants.
+
+        Raises:
+            ValueError: If the trainer's precision is not one of `PRECISIONS`.
+        """
+        super().setup(stage)
+        if (precision := str(self.trainer.precision)) not in PRECISIONS:
+            msg = (
+                f"{type(self).__name__} takes the trainer's precision {', '.join(PRECISIONS)}, got {precision}: its "
+                "images are float32, so the weights must be. Mixed precision has the speed of the half one: "
+                "--trainer.precision bf16-mixed (precision of Engine)."
+            )
+            raise ValueError(msg)
+        self._resumed = {} if stage == "fit" else None  # not what an earlier training went on from
+        if self.trainer.world_size > 1:
+            keep_constants_local(self, frozen=[self.model.backbone, self.model.anomaly_map])
+
+    def on_train_epoch_start(self) -> None:
+        """Go on with the random numbers where the next epoch draws its order anew."""
+        if not self.trainer.fit_loop.is_resuming:
+            self._go_on_with_random_numbers()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Forget the random numbers: this training draws its own from here on."""
+        del batch, batch_idx
+        if self._resumed:
+            self._resumed["random_states"] = None
+
+    def _go_on_with_random_numbers(self) -> None:
+        """Set the generators as they were when the checkpoint was saved.
+
+        After a checkpoint of the end of an epoch Lightning takes the iterator over the data that is made first; after
+        one of a validation, which is in the epoch, it ends that epoch and makes another. Both must draw the same.
+        """
+        states = self._resumed.get("random_states") if self._resumed else None
+        if states and self.trainer.world_size == 1:  # the checkpoint has the states of one process
+            set_random_states(states, self.device)
 
     def on_fit_start(self) -> None:
         """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them."""
@@ -81,19 +187,35 @@ class ReconstructionMixin(ExportMixin):
         if standardization is None or standardization.fitted:
             return
         logger.info("Standardising backbone features over up to %d training batches.", STATISTICS_BATCHES)
-        standardization.fit(islice(self._training_features(), STATISTICS_BATCHES))
+        batches = islice(self._training_loader(), STATISTICS_BATCHES)
+        standardization.fit(self.model.backbone(image) for image in self._inputs(batches))
 
-    def _training_features(self) -> Iterator[list[Tensor]]:
-        """Yield backbone features of the training set, in the trainer's batches."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        loader: Any = (
-            self.trainer.fit_loop._data_source.instance if datamodule is None else datamodule.train_dataloader()
+    def training_images(self) -> Iterator[Tensor]:
+        """Yield every training image once, in order, each process its share: model inputs ``(B, 3, H, W)``."""
+        loader = self._training_loader()
+        share = range(self.trainer.global_rank, len(loader.dataset), self.trainer.world_size)
+        yield from self._inputs(
+            DataLoader(
+                loader.dataset,
+                loader.batch_size,
+                sampler=share,
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
+            )
         )
-        for batch in loader:
-            image = batch.image.to(self.device)
+
+    def _training_loader(self) -> Any:
+        """Return a new loader of the training set, or the user's own."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return self.trainer.fit_loop._data_source.instance if datamodule is None else datamodule.train_dataloader()
+
+    def _inputs(self, batches: Iterable[ImageBatch]) -> Iterator[Tensor]:
+        """Yield the images of batches as the model takes them."""
+        for batch in batches:
+            image = cast("Tensor", batch.image).to(self.device)
             if isinstance(self.pre_processor, PreProcessor) and self.pre_processor.transform is not None:
                 image = self.pre_processor.transform(image)
-            yield self.model.backbone(image)
+            yield image
 
     def complete_pre_processor(self, choice: PreProcessor | bool, image_size: tuple[int, int]) -> None:
         """Make the default pre-processor with the backbone's statistics; refuse one that resizes to something else.
@@ -103,8 +225,12 @@ class ReconstructionMixin(ExportMixin):
             image_size: Height and width the model works at.
 
         Raises:
+            TypeError: If `choice` is something else.
             ValueError: If the pre-processor makes images of another size.
         """
+        if not isinstance(choice, bool | PreProcessor):
+            msg = f"pre_processor must be a PreProcessor, true or false, got {choice!r}."
+            raise TypeError(msg)
         if choice is True:
             pyramid = self.model.backbone
             self.pre_processor = self.configure_pre_processor(image_size, mean=pyramid.mean, std=pyramid.std)
@@ -120,10 +246,27 @@ class ReconstructionMixin(ExportMixin):
         self.log("train_loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=len(image))
         return {"loss": loss}
 
+    def on_validation_epoch_start(self) -> None:
+        """Start a sum of the validation loss."""
+        self._validation_loss = torch.zeros(2, dtype=torch.float64)
+
     def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Add anomaly map and score to a batch, for anomalib's thresholds."""
+        """Add anomaly map and score to a batch, for the thresholds; measure the loss on its good images."""
         del args, kwargs
-        return batch.update(**self.model(batch.image)._asdict())
+        image = cast("Tensor", batch.image)
+        reconstruction = self.model.reconstruct(image)
+        label = torch.zeros(len(image)) if batch.gt_label is None else batch.gt_label
+        good = (~label.bool()).nonzero().flatten().to(self.device)
+        if len(good):
+            loss = float(self.loss(*reconstruction.of(good)))
+            self._validation_loss += torch.tensor([loss * len(good), len(good)], dtype=torch.float64)
+        return batch.update(**self.model.detect(reconstruction)._asdict())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean loss of the good validation images, if there are any, for callbacks to watch."""
+        total, count = self.trainer.strategy.reduce(self._validation_loss.to(self.device), reduce_op="sum").tolist()
+        if count:
+            self.log("val_loss", total / count, prog_bar=True, sync_dist=True)
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -145,15 +288,22 @@ class ReconstructionMixin(ExportMixin):
             ValueError: If an architecture argument differs; the message lists them.
         """
         saved = checkpoint.get("hyper_parameters", {})
-        differences = [
-            f"{name}: checkpoint {_plain(saved[name])}, model {_plain(self.hparams[name])}"
-            for name in self.architecture
-            if name in saved and _plain(saved[name]) != _plain(self.hparams[name])
-        ]
-        if differences:
+        if differences := _differences(saved, self.hparams, self.architecture):
             msg = f"The checkpoint was trained with another configuration ({'; '.join(differences)}). Set the same."
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
+        if self._resumed is not None:
+            (schedule,) = checkpoint.get("lr_schedulers") or [{}]
+            self._resumed = {
+                "hyper_parameters": saved,
+                "total_steps": schedule.get("total_steps"),
+                "random_states": checkpoint.get("random_states"),
+            }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the states of the random generators, to go on as if the run had not stopped."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["random_states"] = random_states(self.device)
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> AnomalibModule:  # type: ignore[override]
@@ -166,23 +316,49 @@ class ReconstructionMixin(ExportMixin):
         return super().load_from_checkpoint(*args, **kwargs)
 
 
-def parse_image_size(image_size: Sequence[int]) -> tuple[int, int]:
-    """Return (height, width) as plain integers, from whatever sequence YAML made of them."""
-    if isinstance(image_size, str) or len(image_size) != 2:
-        msg = f"image_size must be (height, width), got {image_size!r}."
-        raise ValueError(msg)
-    return int(image_size[0]), int(image_size[1])
-
-
-def check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    """Reject a misspelt choice where no command line has: in Python, or in a benchmark's YAML.
+def check_arguments(
+    *,
+    backbone: object,
+    pre_trained: object,
+    feedforward_dim: object,
+    jitter_scale: object,
+    jitter_probability: object,
+    standardize_features: object,
+    learning_rate: object,
+    weight_decay: object,
+    lr_schedule: object,
+    lr_step_epochs: object,
+    max_epochs: object,
+    seed: object,
+) -> None:
+    """Refuse arguments of both models that are out of range, before anything is built.
 
     Raises:
-        ValueError: If `value` is not among the `known`.
+        ValueError: If one of them is; the message names it and says what was expected.
     """
-    if value not in known:
-        msg = f"{name} must be one of {', '.join(known)}, got {value!r}."
-        raise ValueError(msg)
+    check_text("backbone", backbone)
+    check_flag("pre_trained", pre_trained)
+    check_whole("feedforward_dim", feedforward_dim, at_least=1)
+    check_number("jitter_scale", jitter_scale, at_least=0)
+    check_number("jitter_probability", jitter_probability, at_least=0, at_most=1)
+    check_flag("standardize_features", standardize_features)
+    check_number("learning_rate", learning_rate, above=0)
+    check_number("weight_decay", weight_decay, at_least=0)
+    check_choice("lr_schedule", lr_schedule, get_args(LRSchedule))
+    check_whole("lr_step_epochs", lr_step_epochs, at_least=1)
+    if max_epochs is not None:
+        check_whole("max_epochs", max_epochs, at_least=1)
+    if seed is not None:
+        check_seed(seed)
+
+
+def _differences(saved: Mapping[str, Any], own: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return which arguments of a checkpoint differ from the model's, with both values."""
+    return [
+        f"{name}: checkpoint {_plain(saved[name])}, model {_plain(own[name])}"
+        for name in names
+        if name in saved and _plain(saved[name]) != _plain(own[name])
+    ]
 
 
 def _plain(value: Any) -> Any:

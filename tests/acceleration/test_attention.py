@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_uniass.components.dropout import Dropout
-from anomalib_uniass.components.linear import MINIMAL_WEIGHTS, linear
+from anomalib_uniass.acceleration.dropout import Dropout
+from anomalib_uniass.acceleration.linear import MINIMAL_WEIGHTS, linear
 from anomalib_uniass.layers.neighbor_mask import neighbor_mask
 from anomalib_uniass.layers.transformer import AttentionLayer
 

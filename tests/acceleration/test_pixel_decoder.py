@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_uniass.components.upsampled_conv import fold_upsampling, upsampled_conv2d
+from anomalib_uniass.acceleration.upsampled_conv import fold_upsampling, upsampled_conv2d
 from anomalib_uniass.models.unias.pixel_decoder import FPNPixelDecoder, affine_of_norm
 
 GRID = (5, 3)

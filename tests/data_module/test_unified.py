@@ -209,7 +209,7 @@ def test_unknown_own_category(root: Path) -> None:
 
 
 def test_names_must_be_a_list(root: Path) -> None:
-    with pytest.raises(TypeError, match="categories must be a list of category names, got the string 'bolt'"):
+    with pytest.raises(TypeError, match="categories must be a list of category names, got 'bolt'"):
         Unified(root=root, categories="bolt")  # type: ignore[arg-type]
 
 
@@ -222,7 +222,7 @@ def test_validation_arguments() -> None:
     with pytest.raises(ValueError, match="val_split_mode='none' cannot work"):
         MVTec(val_split_mode="none")
     for ratio in (0.0, 1.0, -0.1):
-        with pytest.raises(ValueError, match="val_split_ratio must lie between 0 and 1"):
+        with pytest.raises(ValueError, match="val_split_ratio must be a number above 0 and below 1"):
             MVTec(val_split_ratio=ratio)
 
 
@@ -237,7 +237,7 @@ def test_missing_category_downloads_nothing(root: Path, no_download: None) -> No
 
 
 def test_root_of_something_else_downloads_nothing(root: Path, no_download: None) -> None:
-    with pytest.raises(FileNotFoundError, match="It holds no category, only parts"):
+    with pytest.raises(FileNotFoundError, match=r"It holds no category, only parts\. Did you mean root="):
         MVTec(root=root.parent).prepare_data()
 
 
@@ -260,29 +260,37 @@ def test_missing_root_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.Mon
 # --- checks of what is read ---
 
 
-def test_category_without_training_images(root: Path) -> None:
+def test_category_without_images(root: Path) -> None:
     shutil.rmtree(root / "nut/train")
-    with pytest.raises(FileNotFoundError, match="lacks 1 of 2 categories, or their training images: nut"):
-        Unified(root=root, categories=["bolt", "nut"]).setup()
+    for arguments in ({}, {"categories": ["bolt", "nut"]}):
+        with pytest.raises(ValueError, match=f"No training images in {root}/nut/train/good: the folder does not exist"):
+            Unified(root=root, **arguments).setup()
     (root / "nut/train/good").mkdir(parents=True)
     (root / "nut/train/good/notes.txt").touch()
-    with pytest.raises(ValueError, match=f"No training images below {root} in: nut"):
+    with pytest.raises(ValueError, match=f"No training images in {root}/nut/train/good: only 1 .txt"):
         Unified(root=root).setup()
+    assert Unified(root=root, categories=["bolt"]).categories == ["bolt"]
 
 
-def test_category_without_test_images(root: Path) -> None:
-    shutil.rmtree(root / "bolt/test")
-    shutil.rmtree(root / "bolt/ground_truth")
-    with pytest.raises(ValueError, match=f"No test images below {root} in: bolt"):
-        Unified(root=root).setup()
+def test_category_of_another_source_without_images(tmp_path: Path) -> None:
+    make_mvtec_layout(tmp_path, ["bolt", "nut"], 16)
+    shutil.rmtree(tmp_path / "nut/train")
+    with pytest.raises(FileNotFoundError, match="lacks 1 of 2 categories, or their training images: nut"):
+        Unified(source="MPDD", root=tmp_path, categories=["bolt", "nut"]).setup()
+    shutil.rmtree(tmp_path / "bolt/test")
+    shutil.rmtree(tmp_path / "bolt/ground_truth")
+    with pytest.raises(ValueError, match=f"No test images below {tmp_path} in: bolt"):
+        Unified(source="MPDD", root=tmp_path).setup()
 
 
 def test_missing_mask_is_named(root: Path) -> None:
     (root / "nut/ground_truth/dent/001_mask.png").unlink()
-    with pytest.raises(
-        RuntimeError, match=r"(?s)cannot read category 'nut' .*Images without a mask: .*nut/test/dent/001.png"
-    ):
+    with pytest.raises(ValueError, match=r"(?s)Images without a mask: .*nut/test/dent/001.png"):
         Unified(root=root).setup()
+    with pytest.raises(
+        RuntimeError, match=r"(?s)MPDD cannot read category 'nut' .*Images without a mask: .*nut/test/dent/001.png"
+    ):
+        Unified(source="MPDD", root=root).setup()
 
 
 def test_wrong_mask_size_and_truncated_image_are_named(root: Path) -> None:

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of anomalib that fit in a moment."""
 
+import torch
+from anomalib.data import AnomalibDataModule
 from anomalib.models import Padim
 from anomalib.pre_processing import PreProcessor
 from torchvision.transforms.v2 import Resize
+
+from anomalib_uniass import UniAD, UniAS
 
 
 def tiny_padim(*, visualizer: bool) -> Padim:
@@ -16,3 +20,13 @@ def tiny_padim(*, visualizer: bool) -> Padim:
         pre_processor=PreProcessor(Resize((32, 32))),
         visualizer=visualizer,
     )
+
+
+def loss_on_unseen(model: UniAS | UniAD, datamodule: AnomalibDataModule) -> float:
+    """Return the training loss on the good test images, which no training has seen, without jitter and dropout."""
+    datamodule.setup()
+    images = torch.stack([item.image for item in datamodule.test_data if not item.gt_label])
+    with torch.no_grad():
+        loss = model.loss(*model.model.eval().reconstruct(model.pre_processor.transform(images)))
+    model.train()
+    return float(loss)

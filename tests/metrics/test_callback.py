@@ -5,6 +5,7 @@ import csv
 import json
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,7 +198,9 @@ def test_without_datamodule_and_in_predict(model: Padim, datamodule: MVTecAD, tm
 
 
 def stub_trainer(root: Path, callback: Callback, datamodule: object = None) -> SimpleNamespace:
-    return SimpleNamespace(callbacks=[callback], datamodule=datamodule, default_root_dir=str(root), is_global_zero=True)
+    return SimpleNamespace(
+        callbacks=[callback], datamodule=datamodule, default_root_dir=str(root), is_global_zero=True, world_size=1
+    )
 
 
 def stub_batch(**fields: object) -> SimpleNamespace:
@@ -279,6 +282,19 @@ def test_unknown_image_and_unlabelled_batch(tmp_path: Path) -> None:
         run_stub(stub_trainer(tmp_path, CategoryMetricsCallback(), datamodule), stub_batch())
     with pytest.raises(ValueError, match="gt_label"):
         run_stub(stub_trainer(tmp_path, CategoryMetricsCallback()), stub_batch(gt_label=None))
+
+
+def test_image_listed_twice_counts_twice_and_is_told_with_several_processes(tmp_path: Path) -> None:
+    paths = ["a.png", "b.png", "c.png", "c.png"]
+    datamodule = SimpleNamespace(test_data=SimpleNamespace(samples=pd.DataFrame({"image_path": paths})))
+    trainer = stub_trainer(tmp_path, CategoryMetricsCallback(), datamodule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_stub(trainer, stub_batch(image_path=paths))
+    assert trainer.callbacks[0].table["mean"]["n_images"] == 4
+    trainer.world_size = 2
+    with pytest.warns(UserWarning, match=r"list 1 images several times, such as c\.png\. With 2 processes"):
+        run_stub(trainer, stub_batch(image_path=paths))
 
 
 def test_unwritable_folder_keeps_the_printed_table(

@@ -3,39 +3,21 @@
 
 import json
 import math
-import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import distributed, multiprocessing
+from torch.utils.data import DistributedSampler
 
 from anomalib_uniass.metrics import CategoryMetrics, image_metrics, pixel_metrics
 from anomalib_uniass.metrics.functional import METRICS, PIXEL_METRICS
 
 PARITY = Path(__file__).parents[1] / "data" / "parity"
-
-RANK_SCRIPT = """
-import json, sys
-import torch
-from anomalib_uniass.metrics import CategoryMetrics
-
-rank = int(sys.argv[1])
-torch.set_num_threads(1)
-store = torch.distributed.FileStore("store", 2)
-torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-data = torch.load("batches.pt")
-metric = CategoryMetrics(["a", "b"])
-# Rank 0 gets two batches and rank 1 one, of different sizes: gathering has to pad.
-for batch in data[:2] if rank == 0 else data[2:]:
-    metric.update(*batch)
-table = metric.compute()
-assert len(metric.anomaly_map) == (2 if rank == 0 else 1), "states must be local again after compute"
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-print("TABLE" + json.dumps(table))
-"""
 
 
 def random_batch(seed: int, category: list[str]) -> tuple[torch.Tensor, ...]:
@@ -135,23 +117,102 @@ def test_merged_states_equal_one_metric() -> None:
     assert whole.map_size is None
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    batches = [random_batch(0, ["a", "b", "a"]), random_batch(1, ["b", "b"]), random_batch(2, ["a", "b", "b", "a"])]
-    torch.save(batches, tmp_path / "batches.pt")
+# --- Several processes -----------------------------------------------------------------------------------------------
+
+RANKS = 3
+forks = pytest.mark.skipif(sys.platform != "linux", reason="forks")
+
+
+def rank_table(rank: int, folder: str, batches: list[list[tuple[Any, ...]]]) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    metric = CategoryMetrics(["a", "b"])
+    for batch in batches[rank]:
+        metric.update(*batch)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            result = {"table": metric.compute(), "warnings": [str(warning.message) for warning in caught]}
+        except ValueError as error:
+            result = {"error": str(error)}
+    assert len(metric.category_id) == len(batches[rank]), "states must be local again after compute"
+    Path(folder, f"{rank}.json").write_text(json.dumps(result))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def in_ranks(folder: Path, batches: list[list[tuple[Any, ...]]]) -> list[dict[str, Any]]:
+    """Give each rank its batches and return what each computes."""
+    multiprocessing.start_processes(rank_table, args=(str(folder), batches), nprocs=RANKS, start_method="fork")
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def rows_of(batch: tuple[Any, ...], rows: list[int], names: list[str] | None) -> tuple[Any, ...]:
+    *tensors, category = batch
+    chosen = [None if tensor is None else tensor[rows] for tensor in tensors]
+    return *chosen, [category[row] for row in rows], None if names is None else [names[row] for row in rows]
+
+
+def table_of(*batches: tuple[Any, ...]) -> dict[str, dict[str, float]]:
     metric = CategoryMetrics(["a", "b"])
     for batch in batches:
         metric.update(*batch)
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK_SCRIPT, rank], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    ]
-    for rank in ranks:
-        output, _ = rank.communicate(timeout=240)
-        assert rank.returncode == 0
-        table = json.loads(output.split("TABLE")[1])
-        for name, row in metric.compute().items():
-            assert table[name] == pytest.approx(row, abs=1e-12)
+    return metric.compute()
+
+
+def approx(table: dict[str, dict[str, float]]) -> dict[str, Any]:
+    return {name: pytest.approx(row, abs=1e-12, nan_ok=True) for name, row in table.items()}
+
+
+@forks
+@pytest.mark.parametrize("missing", [(), (0, 1), (1,)], ids=["pixels", "scores alone", "no masks"])
+@pytest.mark.parametrize("count", [7, 6, 2])
+def test_repeats_of_the_sampler_do_not_count(tmp_path: Path, count: int, missing: tuple[int, ...]) -> None:
+    """Three processes with a `DistributedSampler` give the table of one."""
+    batch = random_batch(count, ["a", "b", "b", "a", "b", "b", "b"][:count])
+    batch = tuple(None if index in missing else value for index, value in enumerate(batch))
+    names = [f"{row}.png" for row in range(count)]
+    samplers = [DistributedSampler(range(count), RANKS, rank, shuffle=False) for rank in range(RANKS)]
+    assert sum(len(list(sampler)) for sampler in samplers) == 3 * math.ceil(count / 3)
+    # Batches of two, so that ranks have full and smaller ones.
+    batches = [[rows_of(batch, rows.tolist(), names) for rows in torch.tensor(list(s)).split(2)] for s in samplers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        expected = table_of(batch)
+    for result in in_ranks(tmp_path, batches):
+        assert result["table"] == approx(expected)
+        assert result["table"]["mean"]["n_images"] == count
+
+
+@forks
+def test_ranks_without_images_and_lists_with_repeats(tmp_path: Path) -> None:
+    """One process has no image at all; one lists an image twice, which counts twice as in a run by itself."""
+    first, second = random_batch(0, ["a", "b", "a"]), random_batch(1, ["b", "b"])
+    names = ["0.png", "1.png", "0.png"]
+    results = in_ranks(
+        tmp_path, [[rows_of(first, [0, 1, 2], names)], [], [rows_of(second, [0, 1], ["1.png", "2.png"])]]
+    )
+    expected = table_of(first, rows_of(second, [1], None))
+    assert expected["mean"]["n_images"] == 4
+    for result in results:
+        assert result["table"] == approx(expected)
+
+
+@forks
+def test_images_without_a_name_count_with_a_word(tmp_path: Path) -> None:
+    batches = [random_batch(rank, ["a", "b"]) for rank in range(RANKS)]
+    results = in_ranks(tmp_path, [[rows_of(batch, [0, 1], ["", ""])] for batch in batches])
+    for result in results:
+        assert result["table"] == approx(table_of(*batches))
+    assert any("6 images came without a name" in message for message in results[0]["warnings"])
+
+
+@forks
+def test_ranks_with_maps_of_other_sizes_are_refused(tmp_path: Path) -> None:
+    maps, masks, *rest = random_batch(0, ["a", "b"])
+    results = in_ranks(tmp_path, [[(maps, masks, *rest)], [(maps[:, :5], masks[:, :5], *rest)], []])
+    for result in results:
+        assert result == {"error": "all images and maps must share one size, got [(5, 9), (8, 9)] on the ranks"}
 
 
 @pytest.mark.gpu

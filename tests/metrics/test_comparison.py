@@ -12,8 +12,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from PIL import Image
+from rich.console import Console
 
-from anomalib_uniass.metrics import CategoryMetricsCallback, ComparisonCallback, write_comparison
+from anomalib_uniass.metrics import CategoryMetricsCallback, ComparisonCallback, format_table, write_comparison
 from anomalib_uniass.metrics.functional import METRICS
 
 
@@ -82,6 +83,17 @@ def test_a_class_with_other_settings_gets_a_row_and_bars_of_its_own(tmp_path: Pa
         "Small 3": "names=('a', 'b'), width=3",  # tested last
     }
     assert list(pd.read_csv(tmp_path / "per_category.csv")["pixel_AP"]) == pytest.approx([0.2, 0.4, 0.3])
+
+
+def test_names_of_categories_are_no_markup(tmp_path: Path) -> None:
+    names = {"x$_$": 0.25, "[v2]": 0.75, "[/bold]": 0.5}
+    compare(tmp_path, Small(), **names)
+    assert list(pd.read_csv(tmp_path / "per_category.csv")["category"]) == list(names)
+    rows = dict.fromkeys(METRICS, 0.5) | {"n_images": 4, "n_anomalous": 2}
+    console = Console(record=True, width=120)
+    console.print(format_table(dict.fromkeys(names, rows)))
+    printed = console.export_text()
+    assert all(name in printed for name in names)
 
 
 def test_table_for_reading(tmp_path: Path) -> None:

@@ -119,6 +119,76 @@ def test_batch_norms_are_folded_from_the_weights_at_hand(backbone: str) -> None:
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded_modules)
 
 
+def worst_difference(backbone: str) -> float:
+    """Return how far the folded taps are from the plain ones, with random weights and statistics."""
+    torch.manual_seed(0)
+    pyramid = FeaturePyramid(backbone, pre_trained=False)
+    for norm in (module for module in pyramid.network.modules() if isinstance(module, nn.BatchNorm2d)):
+        for tensor in (norm.running_mean, norm.bias):
+            if tensor is not None:
+                tensor.data.normal_(std=0.3)
+        for tensor in (norm.running_var, norm.weight):
+            if tensor is not None:
+                tensor.data.uniform_(0.5, 2)
+    x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    pyramid.double().eval()
+    pairs = zip(pyramid(x), pyramid.network(x), strict=True)
+    return max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("backbone", ["ghostnet_100", "repghostnet_050", "resnet18", "tf_efficientnet_lite0"])
+def test_taps_before_a_batch_norm_are_the_networks_own(backbone: str) -> None:
+    """Ghost networks tap their first convolution before its batch norm: there nothing may be folded."""
+    assert worst_difference(backbone) < 1e-9
+
+
+@pytest.mark.slow
+def test_every_network_of_timm_folds_to_the_same_features() -> None:
+    """All families with strides 2, 4, 8 and 16; of each the smallest member stands for the others."""
+    families: dict[str, list[str]] = {}
+    for name in timm.list_models():
+        families.setdefault(timm.models.model_entrypoint(name).__module__, []).append(name)
+    swept, differences = 0, {}
+    for names in families.values():
+        for name in names:
+            try:
+                with torch.device("meta"):
+                    network = timm.create_model(name, pretrained=False, features_only=True, out_indices=(0, 1, 2, 3))
+            except Exception:  # not every network has features, or so many
+                continue
+            if tuple(network.feature_info.reduction()) != (2, 4, 8, 16):
+                continue
+            if sum(parameter.numel() for parameter in network.parameters()) > 3e7:
+                continue
+            try:
+                difference = worst_difference(name)
+            except (RuntimeError, ValueError, AssertionError):  # of another input size than ours
+                continue
+            swept += 1
+            if not difference < 1e-8:
+                differences[name] = difference
+    assert not differences
+    assert swept > 100
+
+
+@pytest.mark.parametrize("move", ["data", "double and back"])
+def test_folded_weights_follow_what_versions_do_not_count(move: str) -> None:
+    torch.manual_seed(0)
+    pyramid = FeaturePyramid("resnet18", pre_trained=False)
+    x = torch.randn(1, 3, 64, 64)
+    if move == "data":
+        for parameter in pyramid.network.parameters():
+            parameter.data = parameter.data * 1.1
+        pyramid.train().eval()
+    else:
+        pyramid.double().float()
+    for ours, theirs in zip(pyramid(x), pyramid.network(x), strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    x = x.double()
+    for ours, theirs in zip(pyramid.double()(x), pyramid.network(x), strict=True):
+        assert (ours - theirs).norm() < 1e-12 * theirs.norm()
+
+
 def test_static_padding_equals_timm_at_the_native_resolution() -> None:
     torch.manual_seed(0)
     pyramid = FeaturePyramid("tf_efficientnet_lite0", pre_trained=False)

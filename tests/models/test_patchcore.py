@@ -132,7 +132,7 @@ def test_pre_processor_takes_the_backbones_normalisation() -> None:
     ("arguments", "message"),
     [
         ({"max_patches": 10, "coreset_size": 11}, "between 1 and max_patches=10, got 11"),
-        ({"coreset_size": 0}, "between 1 and"),
+        ({"coreset_size": 0}, "coreset_size must be a whole number, at least 1"),
         ({"image_size": "64"}, "image_size must be"),
         ({"backbone": "resnet19"}, "resnet18"),
     ],

@@ -24,14 +24,15 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.utils.data import DataLoader
 
 from anomalib_uniass import UniAD, UniAS, Unified
-from anomalib_uniass.components.calibration import (
+from anomalib_uniass.models.unias.post_processor import ProductMapPostProcessor
+from anomalib_uniass.models.unias.torch_model import Reconstruction
+from anomalib_uniass.thresholds.calibration import (
     image_thresholds,
     images_needed,
     map_histograms,
     pixel_thresholds,
 )
-from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor, _of_all_processes
-from anomalib_uniass.models.unias.post_processor import ProductMapPostProcessor
+from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor, _GoodImage, _of_all_processes
 from tests.helpers.datasets import make_mvtec_layout
 
 SMALL: dict[str, Any] = {
@@ -258,18 +259,26 @@ def test_rates_and_exponent_are_checked(arguments: dict[str, float]) -> None:
 
 def gather(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    good = {"bolt": [(float(rank), torch.tensor([rank]))]} | ({"cap": [(5.0, torch.tensor([5]))]} if rank else {})
-    joined = _of_all_processes(good)
+    counts = torch.tensor([rank])
+    listed_twice = [_GoodImage("/bolt/0.png", 0.0, counts), _GoodImage("/bolt/0.png", 0.0, counts)]
+    parts = [
+        {"bolt": [*listed_twice, _GoodImage("", 0.25, counts)]},
+        {
+            "bolt": [_GoodImage("/bolt/1.png", 1.0, counts), _GoodImage("/bolt/0.png", 0.0, counts)],  # a repeat
+            "cap": [_GoodImage("/cap/0.png", 5.0, counts), _GoodImage("", 6.0, counts)],
+        },
+    ]
+    joined = _of_all_processes(parts[rank])
     Path(folder, str(rank)).write_text(
-        json.dumps({name: [score for score, _ in rows] for name, rows in joined.items()})
+        json.dumps({name: [image.score for image in images] for name, images in joined.items()})
     )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-def test_processes_calibrate_on_the_images_of_all(tmp_path: Path) -> None:
+def test_processes_calibrate_on_the_images_of_all_without_repeats_of_the_sampler(tmp_path: Path) -> None:
     multiprocessing.start_processes(gather, args=(str(tmp_path),), nprocs=2, start_method="fork")
     for rank in ("0", "1"):
-        assert json.loads((tmp_path / rank).read_text()) == {"bolt": [0.0, 1.0], "cap": [5.0]}
+        assert json.loads((tmp_path / rank).read_text()) == {"bolt": [0.0, 0.0, 0.25, 1.0], "cap": [5.0, 6.0]}
 
 
 # --- Checkpoint, prediction, export ----------------------------------------------------------------------------------
@@ -292,8 +301,14 @@ class Distances(nn.Module):
         for parameter in self.parameters():
             nn.init.constant_(parameter, 0.01)
 
+    def reconstruct(self, x: Tensor) -> Reconstruction:
+        return Reconstruction([x], [x])
+
     def forward(self, x: Tensor) -> InferenceBatch:
-        anomaly_map = self.layers(x).square()
+        return self.detect(self.reconstruct(x))
+
+    def detect(self, reconstruction: Reconstruction) -> InferenceBatch:
+        anomaly_map = self.layers(reconstruction.targets[0]).square()
         return InferenceBatch(anomaly_map=anomaly_map, pred_score=anomaly_map.flatten(1).std(1))
 
 
@@ -451,7 +466,7 @@ def test_checkpoint_of_anomalibs_thresholds_keeps_its_decisions(run: Run, tmp_pa
 def test_both_kinds_are_chosen_on_the_command_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     init_args = {key: value for key, value in SMALL.items() if key != "image_size"} | {"image_size": [128, 128]}
-    ours = {"class_path": "anomalib_uniass.components.post_processor.CategoryThresholdPostProcessor"}
+    ours = {"class_path": "anomalib_uniass.thresholds.post_processor.CategoryThresholdPostProcessor"}
     choices = {
         "rates": ours | {"init_args": {"image_fpr": 0.2, "pixel_fpr": 0.02}},
         "anomalib": {"class_path": "anomalib_uniass.models.unias.post_processor.ProductMapPostProcessor"},

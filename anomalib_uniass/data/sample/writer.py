@@ -13,7 +13,6 @@ It is a set to try the tools on, not a benchmark: never compare its figures with
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +44,7 @@ from anomalib_uniass.data.sample.defects import (
     stain,
     worn,
 )
+from anomalib_uniass.files import replacing
 
 _VERSION = 1
 _MANIFEST = "dataset.json"
@@ -203,6 +203,7 @@ def write_sample_dataset(
     Raises:
         ImportError: If scikit-image or elpv-dataset is missing.
         FileExistsError: If ``root`` holds another set or other files.
+        OSError: If it cannot be written.
         ValueError: If a size or count is too small.
     """
     root = Path(root)
@@ -217,8 +218,7 @@ def write_sample_dataset(
         return
     _require_sources()
     root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as scratch:
-        building = Path(scratch, root.name)
+    with replacing(root) as building:
         origins: dict[str, Mapping[str, object]] = {}
         for name in SAMPLE_CATEGORIES:
             origins |= _write_category(building, name, **parameters)
@@ -226,4 +226,3 @@ def write_sample_dataset(
         (building / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         if root.exists():
             root.rmdir()
-        building.rename(root)

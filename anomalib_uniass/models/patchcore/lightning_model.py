@@ -10,21 +10,28 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
+from anomalib_uniass.arguments import check_flag, check_seed, check_text, check_whole, parse_image_size
+from anomalib_uniass.deploy.export import ExportMixin
 from anomalib_uniass.layers.backbone import FeaturePyramid
+from anomalib_uniass.layers.token_grid import token_grid
+from anomalib_uniass.models.complete_run import CompleteRunMixin
 from anomalib_uniass.models.patchcore.coreset import PatchSample, k_center_greedy
-from anomalib_uniass.models.reconstruction import ReconstructionMixin, parse_image_size
+from anomalib_uniass.models.reconstruction import ReconstructionMixin
+from anomalib_uniass.prediction import PredictionMixin
 
 BANK_TAPS = (2, 3)  # strides 8 and 16, as layer2 and layer3 of the paper's WideResNet-50
 
 
-class BoundedPatchcore(Patchcore, AnomalibModule):  # type: ignore[misc]  # signatures of anomalib and Lightning
+class BoundedPatchcore(CompleteRunMixin, PredictionMixin, ExportMixin, Patchcore, AnomalibModule):
     """Patchcore (Roth et al., CVPR 2022, arXiv 2106.08265) whose memory and time do not grow with the dataset.
 
     anomalib's Patchcore keeps every patch of the training set before it chooses its memory bank: 16 GiB for MVTec AD as
     one. This one keeps a uniform random sample of all patches, and chooses a bank of fixed size from that. The backbone
-    is that of UniAS, with the same weights and normalisation; everything else is anomalib's.
+    is that of UniAS, with the same weights and normalisation; everything else is anomalib's. It is fitted in one
+    process, as anomalib's: its engine takes one device, and a distributed ``strategy`` is refused.
 
     Args:
         backbone: timm name of the frozen backbone; its strides 8 and 16 are compared.
@@ -41,7 +48,7 @@ class BoundedPatchcore(Patchcore, AnomalibModule):  # type: ignore[misc]  # sign
         pre_processor: Pre-processor, or True for resize and normalisation with the backbone's statistics.
         post_processor: Post-processor, or True for anomalib's.
         evaluator: Evaluator, or True for anomalib's.
-        visualizer: Visualizer, or True for anomalib's.
+        visualizer: Visualizer, or True for :class:`~anomalib_uniass.prediction.PathVisualizer`.
 
     Raises:
         ValueError: If not ``1 <= coreset_size <= max_patches``, or for the reasons of
@@ -68,11 +75,18 @@ class BoundedPatchcore(Patchcore, AnomalibModule):  # type: ignore[misc]  # sign
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        if not 1 <= coreset_size <= max_patches:
+        check_text("backbone", backbone)
+        check_flag("pre_trained", pre_trained)
+        check_whole("max_patches", max_patches, at_least=1)
+        check_whole("coreset_size", coreset_size, at_least=1)
+        check_whole("num_neighbors", num_neighbors, at_least=1)
+        check_seed(seed)
+        if coreset_size > max_patches:
             msg = f"coreset_size must lie between 1 and max_patches={max_patches}, got {coreset_size}."
             raise ValueError(msg)
         # Plain types before super().__init__() saves them: OmegaConf's would not load from a checkpoint.
         image_size = parse_image_size(image_size)
+        token_grid(image_size)
         weights = None if weights is None else str(weights)
         pyramid = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights)
         if pre_processor is True:
@@ -93,6 +107,22 @@ class BoundedPatchcore(Patchcore, AnomalibModule):  # type: ignore[misc]  # sign
         self.coreset_size = coreset_size
         self.seed = seed
         self._sample: PatchSample | None = None
+
+    def setup(self, stage: str) -> None:
+        """Refuse to fit with several processes.
+
+        Raises:
+            ValueError: If a distributed strategy would fit the model; it may test it.
+        """
+        super().setup(stage)
+        strategy = self.trainer.strategy
+        if stage == "fit" and isinstance(strategy, ParallelStrategy):
+            msg = (
+                f"{type(self).__name__} is fitted in one process: it trains nothing, and chooses one memory bank from "
+                f"all images. The trainer has the strategy {type(strategy).__name__} with {strategy.world_size} "
+                "process(es). Leave `strategy` out (--trainer.strategy auto), and give one device."
+            )
+            raise ValueError(msg)
 
     def on_fit_start(self) -> None:
         """Start a new sample of patches."""
@@ -118,6 +148,19 @@ class BoundedPatchcore(Patchcore, AnomalibModule):  # type: ignore[misc]  # sign
         patches = self._sample.patches
         self._sample = None
         self.model.memory_bank = patches[k_center_greedy(patches, min(self.coreset_size, len(patches)))]
+
+    def check_exportable(self) -> None:
+        """Refuse a model without a memory bank.
+
+        Raises:
+            ValueError: If the model was not fitted.
+        """
+        if not len(self.model.memory_bank):
+            msg = (
+                f"Expected a fitted {type(self).__name__} to export, got one without a memory bank. Give the "
+                "checkpoint of a fit (--ckpt_path, or ckpt_path of Engine.export), or fit it first."
+            )
+            raise ValueError(msg)
 
 
 class _Taps(nn.Module):

@@ -4,11 +4,15 @@
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_uniass.layers.precision import full_precision, widen
+
 SCORE_WINDOW = 16
 
 
 class AnomalyMapGenerator(nn.Module):
     """Compare a reconstruction with its target: ``(B, C, h, w) x 2 -> (B, 1, H, W)``.
+
+    In float32 at least, whatever precision autocast gave the features.
 
     Args:
         image_size: Height H and width W of the map.
@@ -20,10 +24,12 @@ class AnomalyMapGenerator(nn.Module):
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         """Return the distance over channels at the input's size; non-negative."""
-        distance = (reconstruction - target).square().sum(dim=1, keepdim=True).sqrt()
-        return F.interpolate(distance, size=self.image_size, mode="bilinear", align_corners=True)
+        with full_precision(target):
+            distance = (widen(reconstruction) - widen(target)).square().sum(dim=1, keepdim=True).sqrt()
+            return F.interpolate(distance, size=self.image_size, mode="bilinear", align_corners=True)
 
 
 def image_score(anomaly_map: Tensor) -> Tensor:
     """Reduce an anomaly map to the highest mean of a 16x16 window, as the release does: ``(B, 1, H, W) -> (B,)``."""
-    return F.avg_pool2d(anomaly_map, kernel_size=SCORE_WINDOW, stride=1).amax(dim=(1, 2, 3))
+    with full_precision(anomaly_map):
+        return F.avg_pool2d(widen(anomaly_map), kernel_size=SCORE_WINDOW, stride=1).amax(dim=(1, 2, 3))

@@ -2,7 +2,6 @@
 """UniAD as an anomalib model."""
 
 from collections.abc import Sequence
-from typing import get_args
 
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -11,9 +10,10 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from torch import nn
 
-from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
-from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_choice, parse_image_size
+from anomalib_uniass.arguments import check_whole, parse_image_size
+from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_arguments
 from anomalib_uniass.models.uniad.torch_model import UniADModel
+from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
 
 
 class UniAD(ReconstructionMixin, AnomalibModule):
@@ -43,11 +43,11 @@ class UniAD(ReconstructionMixin, AnomalibModule):
         pre_processor: Pre-processor, or True for resize and normalisation with the backbone's statistics.
         post_processor: Post-processor, or True for thresholds per category at a false-positive rate of 1 % of the
             good images and 0.1 % of their pixels
-            (:class:`~anomalib_uniass.components.post_processor.CategoryThresholdPostProcessor`). For anomalib's
+            (:class:`~anomalib_uniass.thresholds.post_processor.CategoryThresholdPostProcessor`). For anomalib's
             thresholds, one for all categories by the best F1 score on the validation labels, give
             :class:`anomalib.post_processing.PostProcessor`.
         evaluator: Evaluator, or True for anomalib's. The per-category metrics of this package come beside it.
-        visualizer: Visualizer, or True for anomalib's.
+        visualizer: Visualizer, or True for :class:`~anomalib_uniass.prediction.PathVisualizer`.
 
     Raises:
         ValueError: If sizes or choices do not fit together; the message says which.
@@ -87,7 +87,21 @@ class UniAD(ReconstructionMixin, AnomalibModule):
         # Plain types before super().__init__() saves them: OmegaConf's would not load from a checkpoint.
         image_size = parse_image_size(image_size)
         weights = None if weights is None else str(weights)
-        check_choice("lr_schedule", lr_schedule, get_args(LRSchedule))
+        check_arguments(
+            backbone=backbone,
+            pre_trained=pre_trained,
+            feedforward_dim=feedforward_dim,
+            jitter_scale=jitter_scale,
+            jitter_probability=jitter_probability,
+            standardize_features=standardize_features,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            lr_step_epochs=lr_step_epochs,
+            max_epochs=max_epochs,
+            seed=seed,
+        )
+        check_whole("hidden_dim", hidden_dim, at_least=1)
         super().__init__(
             # Rebuilt below, once the backbone's normalisation is known.
             pre_processor=pre_processor if isinstance(pre_processor, PreProcessor) else False,

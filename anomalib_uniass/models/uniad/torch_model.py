@@ -31,6 +31,10 @@ class Reconstruction(NamedTuple):
     reconstruction: Tensor
     target: Tensor
 
+    def of(self, images: Tensor) -> "Reconstruction":
+        """Return the part of some images of the batch, given by their indices ``(n,)``."""
+        return Reconstruction(self.reconstruction[images], self.target[images])
+
 
 class UniADModel(nn.Module):
     """UniAD: one transformer that reconstructs the features of all categories (You et al., NeurIPS 2022).
@@ -167,5 +171,10 @@ class UniADModel(nn.Module):
         Returns:
             Raw anomaly map ``(B, 1, H, W)`` and raw image score ``(B,)``; higher is more anomalous.
         """
-        anomaly_map = self.anomaly_map(*self.reconstruct(image))
+        return self.detect(self.reconstruct(image))
+
+    @torch.no_grad()
+    def detect(self, reconstruction: Reconstruction) -> InferenceBatch:
+        """Return raw anomaly map ``(B, 1, H, W)`` and raw image score ``(B,)`` of a reconstruction."""
+        anomaly_map = self.anomaly_map(*reconstruction)
         return InferenceBatch(anomaly_map=anomaly_map, pred_score=image_score(anomaly_map))

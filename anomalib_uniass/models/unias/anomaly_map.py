@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass.layers.gaussian_blur import GaussianBlur2d
+from anomalib_uniass.layers.precision import full_precision, widen
 from anomalib_uniass.models.unias.residual_whitening import ResidualWhitening
 
 ImageScore = Literal["std", "max", "top"]
@@ -17,6 +18,9 @@ ImageScore = Literal["std", "max", "top"]
 
 class AnomalyMapGenerator(nn.Module):
     """Compare reconstructions with their targets: ``[(B, C_i, H_i, W_i)] x 2 -> (B, 1, H, W)``.
+
+    In float32 at least, whatever precision autocast gave the features: products of four small distances do not exist
+    in float16, and a map of bfloat16 has few values.
 
     Args:
         image_size: Height and width of the final map; the levels are fused at half of it.
@@ -42,21 +46,23 @@ class AnomalyMapGenerator(nn.Module):
             reconstructions: Reconstructed features, coarse to fine.
             targets: Their targets, coarse to fine.
         """
-        pairs = list(zip(reconstructions, targets, strict=True))
-        if (whitening := self.whitening) is not None:
-            clusters = whitening.clusters(targets[0])
-            pairs = [
-                (whitening.whiten(level, reconstruction, clusters), whitening.whiten(level, target, clusters))
-                for level, (reconstruction, target) in enumerate(pairs)
-            ]
-        maps = []
-        for blur, (reconstruction, target) in zip(self.blurs, pairs, strict=True):
-            distance = 1 - F.cosine_similarity(reconstruction, target, dim=1)[:, None]
-            maps.append(blur(F.interpolate(distance, size=self.fusion_size, mode="bilinear", align_corners=False)))
-        return maps
+        pairs = [(widen(r), widen(t)) for r, t in zip(reconstructions, targets, strict=True)]
+        with full_precision(targets[0]):
+            if (whitening := self.whitening) is not None:
+                clusters = whitening.clusters(targets[0])
+                pairs = [
+                    (whitening.whiten(level, reconstruction, clusters), whitening.whiten(level, target, clusters))
+                    for level, (reconstruction, target) in enumerate(pairs)
+                ]
+            maps = []
+            for blur, (reconstruction, target) in zip(self.blurs, pairs, strict=True):
+                distance = cosine_distance(reconstruction, target)
+                maps.append(blur(F.interpolate(distance, size=self.fusion_size, mode="bilinear", align_corners=False)))
+            return maps
 
     def fuse(self, maps: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """Return the product of the level maps, ``(B, 1, H / 2, W / 2)``, of those that say something of the image."""
+        maps = [widen(m) for m in maps]
         if self.whitening is not None:
             exponents = self.whitening.exponents[self.whitening.clusters(targets[0])].T[:, :, None, None, None]
             maps = [m.clamp_min(0) ** exponent for m, exponent in zip(maps, exponents, strict=True)]
@@ -65,7 +71,17 @@ class AnomalyMapGenerator(nn.Module):
     def forward(self, reconstructions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """Return the fused level maps at the input's size."""
         fused = self.fuse(self.level_maps(reconstructions, targets), targets)
-        return F.interpolate(fused, scale_factor=2.0, mode="bilinear", align_corners=True)
+        with full_precision(fused):
+            return F.interpolate(fused, scale_factor=2.0, mode="bilinear", align_corners=True)
+
+
+def cosine_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Return one minus the cosine over the channels: ``(B, C, H, W) x 2 -> (B, 1, H, W)``, in [0, 2].
+
+    As half the squared distance of the directions, which is the same and keeps its digits where they nearly agree: a
+    cosine in bfloat16, as exported models may compute it, has steps of 0.004 below 1.
+    """
+    return (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(dim=1, keepdim=True) / 2
 
 
 def image_score(anomaly_map: Tensor, *, reduction: ImageScore = "std", top_share: float = 0.01) -> Tensor:
@@ -77,7 +93,7 @@ def image_score(anomaly_map: Tensor, *, reduction: ImageScore = "std", top_share
             ``top``, the mean over the highest share of the pixels.
         top_share: That share, in (0, 1].
     """
-    pixels = anomaly_map.flatten(1)
+    pixels = widen(anomaly_map).flatten(1)
     if reduction == "std":
         return pixels.std(dim=1)
     if reduction == "max":

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """UniAS as an anomalib model."""
 
-import logging
 from collections.abc import Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
+import torch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -14,23 +13,16 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 
 from anomalib_uniass import acceleration
-from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
-from anomalib_uniass.models.reconstruction import (
-    STATISTICS_BATCHES,
-    LRSchedule,
-    ReconstructionMixin,
-    check_choice,
-    parse_image_size,
-)
+from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_whole, parse_image_size
+from anomalib_uniass.deploy.quantization import quantize_reconstruction
+from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_arguments
 from anomalib_uniass.models.unias.anomaly_map import ImageScore
 from anomalib_uniass.models.unias.loss import CosineTerm, ReconstructionLoss
-from anomalib_uniass.models.unias.quantization import quantize_reconstruction
 from anomalib_uniass.models.unias.torch_model import Target, UniASModel
+from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor, warn
 
 if TYPE_CHECKING:
     import openvino as ov
-
-logger = logging.getLogger(__name__)
 
 
 class UniAS(ReconstructionMixin, AnomalibModule):
@@ -79,11 +71,11 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         pre_processor: Pre-processor, or True for resize and normalisation with the backbone's statistics.
         post_processor: Post-processor, or True for thresholds per category at a false-positive rate of 1 % of the
             good images and 0.1 % of their pixels
-            (:class:`~anomalib_uniass.components.post_processor.CategoryThresholdPostProcessor`). For anomalib's
+            (:class:`~anomalib_uniass.thresholds.post_processor.CategoryThresholdPostProcessor`). For anomalib's
             thresholds, one for all categories by the best F1 score on the validation labels, give
             :class:`~anomalib_uniass.models.unias.post_processor.ProductMapPostProcessor`.
         evaluator: Evaluator, or True for anomalib's. The per-category metrics of this package come beside it.
-        visualizer: Visualizer, or True for anomalib's.
+        visualizer: Visualizer, or True for :class:`~anomalib_uniass.prediction.PathVisualizer`.
 
     Raises:
         ValueError: If sizes or choices do not fit together; the message says which.
@@ -145,7 +137,31 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         check_choice("cosine_term", cosine_term, get_args(CosineTerm))
         check_choice("target", target, get_args(Target))
         check_choice("score", score, get_args(ImageScore))
-        check_choice("lr_schedule", lr_schedule, get_args(LRSchedule))
+        check_arguments(
+            backbone=backbone,
+            pre_trained=pre_trained,
+            feedforward_dim=feedforward_dim,
+            jitter_scale=jitter_scale,
+            jitter_probability=jitter_probability,
+            standardize_features=standardize_features,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            lr_schedule=lr_schedule,
+            lr_step_epochs=lr_step_epochs,
+            max_epochs=max_epochs,
+            seed=seed,
+        )
+        check_flag("channel_branch", channel_branch)
+        check_whole("hidden_dim", hidden_dim, at_least=1)
+        check_whole("finest_level", finest_level, at_least=1)
+        check_whole("prototypes", prototypes, at_least=0)
+        check_number("loss_weight", loss_weight, above=0)
+        check_number("mse_weight", mse_weight, at_least=0)
+        check_number("cosine_weight", cosine_weight, at_least=0)
+        if not (mse_weight or cosine_weight):
+            msg = "mse_weight and cosine_weight are both 0, so that there is nothing to learn. Give one of them."
+            raise ValueError(msg)
+        check_flag("accelerate", accelerate)
         super().__init__(
             # Rebuilt below, once the backbone's normalisation is known.
             pre_processor=pre_processor if isinstance(pre_processor, PreProcessor) else False,
@@ -177,14 +193,35 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         )
         self.complete_pre_processor(pre_processor, image_size)
 
-    def on_fit_start(self) -> None:
-        """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them."""
-        super().on_fit_start()
+    @torch.no_grad()
+    def take_statistics(self) -> None:
+        """Take the statistics of the last weights' errors over the training set."""
         whitening = self.model.anomaly_map.whitening
-        if whitening is not None and not whitening.clustered:
-            logger.info("Finding clusters of images in up to %d training batches.", STATISTICS_BATCHES)
-            features = islice(self._training_features(), STATISTICS_BATCHES)
-            whitening.fit_clusters(levels[-1] for levels in features)
+        if whitening is None:
+            return
+        training = self.model.training
+        self.model.eval()
+        whitening.fit_clusters(self.model.backbone(image)[-1] for image in self.training_images())
+        whitening.fit(self.model.reconstruct(image)[:2] for image in self.training_images())
+        self.model.train(training)
+
+    def on_test_start(self) -> None:
+        """Say where the weights of an unfinished training have no statistics of their errors."""
+        super().on_test_start()
+        self._warn_of_missing_statistics()
+
+    def on_predict_start(self) -> None:
+        """Say where the weights of an unfinished training have no statistics of their errors."""
+        super().on_predict_start()
+        self._warn_of_missing_statistics()
+
+    def _warn_of_missing_statistics(self) -> None:
+        whitening = self.model.anomaly_map.whitening
+        if whitening is not None and not whitening.fitted:
+            warn(
+                "These weights have no statistics of their errors, which `prototypes` asks for: they are taken when a "
+                "training ends, and this one did not. All errors weigh alike."
+            )
 
     def configure_post_processor(self) -> PostProcessor:
         """Return thresholds per category, normalised by square roots: the maps are products of four distances."""

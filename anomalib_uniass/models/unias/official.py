@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from anomalib_uniass.layers.backbone_weights import read_state_dict
 from anomalib_uniass.models.conversion import OFFICIAL_BACKBONE, Rules, convert_state_dict, require, strip_module
 from anomalib_uniass.models.unias.lightning_model import UniAS
 
@@ -101,10 +101,12 @@ def load_official_checkpoint(path: str | Path) -> UniAS:
 
     Args:
         path: File written by the release: a state dict, alone or under ``state_dict``.
+
+    Raises:
+        ValueError: If it is none of this release.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    state_dict = content.get("state_dict", content)
-    model = UniAS(**official_arguments(strip_module(state_dict)))
+    state_dict = read_state_dict(path)
+    model = UniAS(**official_arguments(state_dict))
     model.model.load_state_dict(convert_official_state_dict(state_dict))
     return model
 

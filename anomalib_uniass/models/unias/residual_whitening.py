@@ -6,8 +6,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from sklearn.cluster import KMeans
 from sklearn.covariance import shrunk_covariance
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+
+from anomalib_uniass.distribution import of_all_processes
+from anomalib_uniass.layers.precision import full_precision, widen
 
 PRIOR = 50
 """Images of a cluster that weigh as much as the mean over all clusters."""
@@ -49,17 +52,17 @@ class ResidualWhitening(nn.Module):
 
     scale: Tensor
     centers: Tensor
-    clustered: Tensor
+    fitted: Tensor
     exponents: Tensor
 
     def __init__(self, channels: Sequence[int], *, prototypes: int) -> None:
         super().__init__()
         if prototypes < 1:
-            msg = f"prototypes must not be negative, got {prototypes}."
+            msg = f"prototypes must be at least 1, got {prototypes}."
             raise ValueError(msg)
         self.register_buffer("scale", torch.ones(channels[0]))
         self.register_buffer("centers", torch.zeros(prototypes, channels[0]))
-        self.register_buffer("clustered", torch.tensor(False))
+        self.register_buffer("fitted", torch.tensor(False))
         self.register_buffer("exponents", torch.ones(prototypes, len(channels)))
         for level, c in enumerate(channels):
             self.register_buffer(f"whitening_{level}", torch.eye(c).repeat(prototypes, 1, 1))
@@ -74,15 +77,13 @@ class ResidualWhitening(nn.Module):
         Raises:
             ValueError: If there is no batch.
         """
-        points = [features.mean((2, 3)).float().cpu() for features in coarsest]
-        gathered: list[list[Tensor]] = [points]
-        if distributed.is_available() and distributed.is_initialized():
-            gathered = [[] for _ in range(distributed.get_world_size())]
-            distributed.all_gather_object(gathered, points)
-        if not any(gathered):
+        points = [widen(features).mean((2, 3)).cpu() for features in coarsest]
+        gathered = [batch for part in of_all_processes(points) for batch in part]
+        if not gathered:
             msg = "Clusters need at least one batch of training images, got none."
             raise ValueError(msg)
-        descriptors = torch.cat([batch for part in gathered for batch in part])  # (images, C)
+        descriptors = torch.cat(gathered)  # (images, C)
+        descriptors = descriptors[descriptors[:, 0].argsort()]  # k-means should not depend on the order of images
         scale = descriptors.std(dim=0, correction=0).clamp_min(1e-6)
         descriptors = descriptors / scale
         count = min(len(self.centers), len(descriptors.unique(dim=0)))
@@ -90,12 +91,13 @@ class ResidualWhitening(nn.Module):
         self.scale.copy_(scale)
         self.centers.copy_(torch.from_numpy(found[:1]))  # of too few images: copies, which argmin passes over
         self.centers[:count] = torch.from_numpy(found).to(self.centers)
-        self.clustered.fill_(True)
 
     def clusters(self, coarsest: Tensor) -> Tensor:
         """Return the cluster of each image by its coarsest features: ``(B, C, h, w) -> (B,)``."""
-        points = coarsest.mean((2, 3)).float() / self.scale
-        return (self.centers.square().sum(1) - 2 * points @ self.centers.T).argmin(dim=1)
+        centers = widen(self.centers)
+        with full_precision(coarsest):
+            points = widen(coarsest).mean((2, 3)).to(centers.dtype) / self.scale
+            return (centers.square().sum(1) - 2 * points @ centers.T).argmin(dim=1)
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Levels, Levels]]) -> None:
@@ -125,11 +127,13 @@ class ResidualWhitening(nn.Module):
         passes = torch.stack(compared, dim=1)
         # Of fewer levels each counts for more, so that maps stay alike.
         self.exponents.copy_(passes * passes.shape[1] / passes.sum(dim=1, keepdim=True))
+        self.fitted.fill_(True)
 
     def whiten(self, level: int, features: Tensor, clusters: Tensor) -> Tensor:
         """Multiply features of a level by S^(-1/2) of their clusters: ``(B, C_j, H, W), (B,) -> (B, C_j, H, W)``."""
-        matrices = self.get_buffer(f"whitening_{level}")[clusters]
-        return (matrices @ features.flatten(2)).unflatten(2, features.shape[2:])
+        matrices = widen(self.get_buffer(f"whitening_{level}")[clusters])
+        with full_precision(features):
+            return (matrices @ features.flatten(2).to(matrices.dtype)).unflatten(2, features.shape[2:])
 
 
 class _Moments:
@@ -156,12 +160,8 @@ class _Moments:
 
     def reduce(self) -> None:
         """Add up what the processes of a distributed run have seen."""
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return
         sums = [self.images, *self.error_products, *self.features, *self.squares]
-        parts: list[list[Tensor]] = [[] for _ in range(distributed.get_world_size())]
-        distributed.all_gather_object(parts, sums)
-        for total, *shares in zip(sums, *parts, strict=True):
+        for total, *shares in zip(sums, *of_all_processes(sums), strict=True):
             total.copy_(torch.stack(shares).sum(dim=0))
 
     def statistics(self, level: int) -> tuple[Tensor, Tensor]:

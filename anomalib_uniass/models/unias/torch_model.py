@@ -35,6 +35,12 @@ class Reconstruction(NamedTuple):
     stds: list[Tensor] | None = None
     """Standard deviations ``(1, C_j, 1, 1)`` in which the loss measures errors; None takes them as they are."""
 
+    def of(self, images: Tensor) -> "Reconstruction":
+        """Return the part of some images of the batch, given by their indices ``(n,)``."""
+        return self._replace(
+            reconstructions=[x[images] for x in self.reconstructions], targets=[x[images] for x in self.targets]
+        )
+
 
 class UniASModel(nn.Module):
     """UniAS: one reconstruction network for all categories (Ma et al., WACV 2025).
@@ -117,8 +123,7 @@ class UniASModel(nn.Module):
             )
             self.norm = nn.LayerNorm(hidden_dim)
             self.heads = nn.ModuleList(
-                ReconstructionHead(hidden_dim, c, scale=2**level)
-                for level, c in enumerate(reversed(channels))
+                ReconstructionHead(hidden_dim, c, scale=2**level) for level, c in enumerate(reversed(channels))
             )
             whitening = ResidualWhitening(channels[::-1], prototypes=prototypes) if prototypes else None
             self.anomaly_map = AnomalyMapGenerator(image_size, levels=levels, whitening=whitening)
@@ -197,7 +202,11 @@ class UniASModel(nn.Module):
         Returns:
             Raw anomaly map ``(B, 1, H, W)`` and raw image score ``(B,)``; higher is more anomalous.
         """
-        reconstruction = self.reconstruct(image)
+        return self.detect(self.reconstruct(image))
+
+    @torch.no_grad()
+    def detect(self, reconstruction: Reconstruction) -> InferenceBatch:
+        """Return raw anomaly map ``(B, 1, H, W)`` and raw image score ``(B,)`` of a reconstruction."""
         anomaly_map = self.anomaly_map(reconstruction.reconstructions, reconstruction.targets)
         return InferenceBatch(anomaly_map=anomaly_map, pred_score=image_score(anomaly_map, reduction=self.score))
 

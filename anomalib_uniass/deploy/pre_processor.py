@@ -8,8 +8,6 @@ from anomalib.pre_processing import PreProcessor
 from torch import Tensor
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from anomalib_uniass.components.execution import runs_eagerly
-
 
 class AntialiasedPreProcessor(PreProcessor):
     """Antialiased bilinear resize and normalisation, exported as they are: ``(B, 3, H, W) -> (B, 3, h, w)``.
@@ -42,7 +40,8 @@ class AntialiasedPreProcessor(PreProcessor):
 
 def antialiased_resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize ``(B, C, H, W)`` bilinearly with antialiasing, as torchvision does, by matrix products alone."""
-    if runs_eagerly() and tuple(x.shape[-2:]) == tuple(size):
+    exporting = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+    if not exporting and tuple(x.shape[-2:]) == tuple(size):
         return x
     rows = _triangle_filter(x[0, 0, :, 0], size[0])
     columns = _triangle_filter(x[0, 0, 0, :], size[1])
@@ -50,10 +49,15 @@ def antialiased_resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _triangle_filter(axis: Tensor, size: int) -> Tensor:
-    """Return the weights ``(size, n)`` that resample an axis of n pixels; tensors only, for n may be symbolic."""
-    positions = torch.ones_like(axis).cumsum(0) - 0.5
-    scale = (positions[-1] + 0.5) / size
-    centers = (torch.arange(size, dtype=axis.dtype, device=axis.device) + 0.5) * scale
-    support = scale.clamp_min(1)
-    weights = (1 - (positions - centers[:, None]).abs() / support).clamp_min(0)
+    """Return the weights ``(size, n)`` that resample an axis of n pixels; tensors only, for n may be symbolic.
+
+    Whole numbers up to the division: positions such as 300.5 do not exist in bfloat16, which OpenVINO computes in by
+    itself on many CPUs. Between 0 and 1 before they are summed, for sums of the whole numbers are beyond float16.
+    """
+    ordinals = torch.ones_like(axis, dtype=torch.int64).cumsum(0)
+    count = ordinals[-1]
+    centers = count * (2 * torch.arange(size, device=axis.device) + 1)
+    distances = (size * (2 * ordinals - 1) - centers[:, None]).abs()  # in units of half a pixel over `size`
+    height = 2 * count.clamp_min(size)
+    weights = (height - distances).clamp_min(0).to(axis.dtype) / height.to(axis.dtype)
     return weights / weights.sum(dim=1, keepdim=True)

@@ -3,7 +3,10 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,10 +19,17 @@ from anomalib.data import AnomalibDataModule, ImageItem
 from anomalib.data.datasets.base import AnomalibDataset
 from anomalib.deploy import CompressionType
 from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
+from anomalib_uniass.files import replace_text
+from anomalib_uniass.thresholds.post_processor import (
+    CategoryThresholdPostProcessor,
+    has_thresholds,
+    missing_thresholds,
+    warn,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +41,9 @@ THRESHOLDS = "category_thresholds"
 
 INT8 = (CompressionType.INT8, CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
 CALIBRATED = (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
+
+_is_exporting: ContextVar[bool] = ContextVar("is_exporting", default=False)
+"""Whether an export runs: OpenVINO's exports to ONNX on its way."""
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -45,20 +58,30 @@ class ExportMixin(Base):
 
     A fixed ``input_size`` need not be the size the model works at: it is the size of the images that will come, and
     they are resized as in training. Batches of any size are taken. Beside the model lie the thresholds of all
-    categories (``category_thresholds.json``), if its post-processor has some. Expects ``self.model`` of the class it is
-    mixed into, with the frozen part under ``backbone``.
+    categories (``category_thresholds.json``), if its post-processor has some; without any thresholds the exported model
+    gives scores and maps alone, and a warning says so. An earlier export is replaced when the new one is complete.
+    Expects ``self.model`` of the class it is mixed into, with the frozen part under ``backbone``.
     """
+
+    def check_exportable(self) -> None:
+        """Refuse a model that is not trained.
+
+        Raises:
+            ValueError: If the model is as its constructor made it.
+        """
+        check_trained(self.model)
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
         """Export to a pickled PyTorch model; arguments as for :meth:`anomalib.models.AnomalibModule.to_torch`.
 
         Raises:
+            OSError: If nothing can be written below `export_root`.
             ValueError: If the model is not trained.
         """
-        check_trained(self.model)
-        path = super().to_torch(export_root, model_file_name)
-        write_thresholds(self.post_processor, path.parent)
-        return path
+        self.check_exportable()
+        with complete_export(self.post_processor, export_root) as export:
+            export.path = super().to_torch(export.root, model_file_name)
+        return export.path
 
     def to_onnx(  # type: ignore[override]  # anomalib's signature, not Lightning's
         self,
@@ -72,13 +95,14 @@ class ExportMixin(Base):
         Arguments as for :meth:`anomalib.models.AnomalibModule.to_onnx`.
 
         Raises:
+            OSError: If nothing can be written below `export_root`.
             ValueError: If the model is not trained.
         """
-        check_trained(self.model)
+        self.check_exportable()
         kwargs.setdefault("opset_version", 18)
-        path = super().to_onnx(export_root, model_file_name, input_size, **kwargs)
-        write_thresholds(self.post_processor, path.parent)
-        return path
+        with complete_export(self.post_processor, export_root) as export:
+            export.path = super().to_onnx(export.root, model_file_name, input_size, **kwargs)
+        return export.path
 
     def to_openvino(
         self,
@@ -99,29 +123,31 @@ class ExportMixin(Base):
 
         Raises:
             ModuleNotFoundError: If INT8 is asked for and NNCF is not installed.
+            OSError: If nothing can be written below `export_root`.
             ValueError: If the model is not trained, or the images cannot calibrate INT8.
         """
-        check_trained(self.model)
+        self.check_exportable()
         if compression_type in INT8:
             check_nncf(compression_type)
         if compression_type in CALIBRATED:
             check_calibration(datamodule, compression_type=compression_type, input_size=input_size)
-        path = super().to_openvino(
-            export_root,
-            model_file_name,
-            input_size,
-            compression_type,
-            datamodule,
-            metric,
-            task,
-            max_drop,
-            ov_kwargs,
-            onnx_kwargs,
-        )
-        thresholds = write_thresholds(self.post_processor, path.parent)
-        if thresholds is not None:
-            _set_openvino_info(path, THRESHOLDS, thresholds)
-        return path
+        with complete_export(self.post_processor, export_root) as export:
+            export.path = super().to_openvino(
+                export.root,
+                model_file_name,
+                input_size,
+                compression_type,
+                datamodule,
+                metric,
+                task,
+                max_drop,
+                ov_kwargs,
+                onnx_kwargs,
+            )
+            thresholds = exported_thresholds(self.post_processor)
+            if thresholds is not None:
+                _set_openvino_info(export.path, THRESHOLDS, thresholds)
+        return export.path
 
     def _post_training_quantization_ov(  # type: ignore[override]  # static in anomalib
         self, model: "ov.Model", datamodule: AnomalibDataModule
@@ -142,18 +168,89 @@ class ExportMixin(Base):
         return nncf.quantize(model, nncf.Dataset(images), subset_size=len(images))
 
 
-def write_thresholds(post_processor: nn.Module | None, folder: Path) -> str | None:
-    """Write the thresholds of an exported model beside it and return the JSON; if there are none, leave no file."""
-    path = folder / f"{THRESHOLDS}.json"
-    thresholds = None
-    if isinstance(post_processor, CategoryThresholdPostProcessor):
-        thresholds = post_processor.exported_thresholds()
-    if thresholds is None:
-        path.unlink(missing_ok=True)  # of an earlier export
+@dataclass
+class Export:
+    """An export under way."""
+
+    root: Path
+    """Folder to export to for now."""
+    path: Path
+    """The exported model: below `root` first, in its place in the end."""
+
+
+@contextmanager
+def complete_export(post_processor: nn.Module | None, export_root: Path | str) -> Iterator[Export]:
+    """Let an export be written beside its place, add the thresholds, and move all files when all are written.
+
+    Whatever fails, an earlier export stays as it was. Without thresholds a warning says so, and the exported model
+    decides nothing.
+
+    Args:
+        post_processor: Post-processor of the model.
+        export_root: Folder to export to, as in anomalib.
+
+    Raises:
+        OSError: If nothing can be written there; the message names the folder.
+    """
+    root = Path(export_root).resolve()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        staging = TemporaryDirectory(prefix=".export-", dir=root)
+    except OSError as error:
+        msg = f"Cannot write the exported model to {root}: {error.strerror}. Give a folder that can be written to."
+        raise OSError(error.errno, msg) from error
+    with staging as folder, _decisions_need_thresholds(post_processor):
+        export = Export(Path(folder), Path(folder))
+        yield export
+        write_thresholds(post_processor, export.path.parent)
+        export.path = _move_export(export, root)
+
+
+@contextmanager
+def _decisions_need_thresholds(post_processor: nn.Module | None) -> Iterator[None]:
+    """Export no labels and masks where there are no thresholds: anomalib would compare raw values with 0.5."""
+    if _is_exporting.get() or not isinstance(post_processor, PostProcessor) or not post_processor.enable_thresholding:
+        yield
+        return
+    warn(missing_thresholds(post_processor))
+    post_processor.enable_thresholding = has_thresholds(post_processor)
+    token = _is_exporting.set(True)
+    try:
+        yield
+    finally:
+        _is_exporting.reset(token)
+        post_processor.enable_thresholding = True
+
+
+def _move_export(export: Export, root: Path) -> Path:
+    """Move the files of a complete export to their folder, the model last, and return its new path."""
+    folder = root / export.path.parent.relative_to(export.root)
+    files = sorted(export.path.parent.iterdir(), key=lambda file: file == export.path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            file.replace(folder / file.name)
+        if f"{THRESHOLDS}.json" not in {file.name for file in files}:
+            (folder / f"{THRESHOLDS}.json").unlink(missing_ok=True)  # of an earlier export
+    except OSError as error:
+        msg = f"Cannot write the exported model to {folder}: {error.strerror}. Give a folder that can be written to."
+        raise OSError(error.errno, msg) from error
+    return folder / export.path.name
+
+
+def exported_thresholds(post_processor: nn.Module | None) -> str | None:
+    """Return the thresholds of an exported model as JSON, or None if it has none."""
+    if not isinstance(post_processor, CategoryThresholdPostProcessor):
         return None
-    text = json.dumps(thresholds)
-    path.write_text(text + "\n", encoding="utf-8")
-    return text
+    thresholds = post_processor.exported_thresholds()
+    return None if thresholds is None else json.dumps(thresholds)
+
+
+def write_thresholds(post_processor: nn.Module | None, folder: Path) -> None:
+    """Write the thresholds of an exported model beside it, if there are any."""
+    thresholds = exported_thresholds(post_processor)
+    if thresholds is not None:
+        replace_text(folder / f"{THRESHOLDS}.json", thresholds + "\n")
 
 
 def calibration_images(datamodule: AnomalibDataModule) -> list[np.ndarray]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from anomalib_uniass.arguments import check_number
+
 BINS_PER_OCTAVE = 64
 OCTAVES = (-48, 16)
 """Powers of two between which map histograms tell values apart; their bins are 1.1 % wide."""
@@ -21,9 +23,7 @@ def check_rate(name: str, rate: float) -> float:
     Raises:
         ValueError: If it does not lie between 0 and 1 (exclusive).
     """
-    if not 0 < rate < 1:
-        msg = f"{name} is a false-positive rate and must lie between 0 and 1 (exclusive), got {rate}."
-        raise ValueError(msg)
+    check_number(f"{name} (a false-positive rate)", rate, above=0, below=1)
     return float(rate)
 
 

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the models of this package do in ``predict`` beyond anomalib's."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from anomalib.models.components import AnomalibModule
+from anomalib.visualization import ImageVisualizer
+from lightning.pytorch import Callback
+
+from anomalib_uniass.prediction.reading import ImageReading
+from anomalib_uniass.prediction.table import PredictionTable
+from anomalib_uniass.prediction.visualizer import PathVisualizer
+
+if TYPE_CHECKING:
+    Base = AnomalibModule
+else:
+    Base = object  # a plain mixin at run time: anomalib lists direct subclasses of AnomalibModule only
+
+
+class PredictionMixin(Base):
+    """Images read right, pictures under the paths of their images, and a table of all."""
+
+    @classmethod
+    def configure_visualizer(cls) -> ImageVisualizer:
+        """Return anomalib's visualizer with names that keep all pictures apart."""
+        return PathVisualizer()
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Put the reading before anomalib's pre-processor, and the table behind its post-processor."""
+        callbacks = super().configure_callbacks()
+        callbacks = callbacks if isinstance(callbacks, Sequence) else [callbacks]
+        return [ImageReading(), *callbacks, PredictionTable()]

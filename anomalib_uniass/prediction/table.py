@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of a prediction: a score, a label and the defective regions of every image."""
+
+import csv
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import cv2
+import numpy as np
+import torch
+from anomalib.data import ImageBatch
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import ExifTags, Image
+from torch import Tensor
+from torchvision.transforms.v2 import CenterCrop, Compose
+
+from anomalib_uniass.data.images import is_misread
+from anomalib_uniass.distribution import of_all_processes
+from anomalib_uniass.files import replacing
+from anomalib_uniass.prediction.names import current_datasets, given_folder, name_below
+from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
+
+logger = logging.getLogger(__name__)
+
+PREDICTIONS = "predictions.csv"
+MOST_REGIONS = 20
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+class Row(NamedTuple):
+    """One image of the table, as text."""
+
+    path: str
+    category: str
+    score: str
+    threshold: str
+    label: str
+    regions: str
+
+
+class PredictionTable(Callback):
+    """Write ``predictions.csv`` into the run's folder (``trainer.default_root_dir``) after every prediction.
+
+    One row per image, sorted by path:
+
+    * ``path``, below the folder that was given (:func:`~anomalib_uniass.prediction.names.given_folder`);
+    * ``category``, as the post-processor finds it, empty where it is unknown;
+    * ``score``, the image score as anomalib's post-processor leaves it: normalised, with the category's threshold at
+      0.5;
+    * ``threshold`` of these scores: 0.5, or what the post-processor's ``image_sensitivity`` makes of it;
+    * ``label``: ``defective`` if ``score > threshold``, else ``good``;
+    * ``regions``: the 8-connected regions of the predicted mask, up to 20, the largest first, as a JSON list of
+      ``[x, y, width, height, area]`` in pixels of the image file as it is shown, from its top left. The mask has a
+      threshold of its own, so that a good image can have regions.
+
+    Without thresholds ``threshold``, ``label`` and ``regions`` are empty. Must stand behind the post-processor: models
+    add it to their own callbacks.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[str, Row] = {}
+        self._folder: Path | None = None
+        self._category_of_path: dict[str, str] = {}
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the folder that paths are relative to, and the categories that datasets tell."""
+        self._rows = {}
+        self._folder = given_folder(trainer)
+        for dataset in current_datasets(trainer):
+            samples = getattr(dataset, "samples", None)
+            if samples is not None and "category" in samples.columns:
+                self._category_of_path |= dict(zip(samples["image_path"].astype(str), samples["category"], strict=True))
+        if _crops(pl_module.pre_processor):
+            logger.warning("The pre-processor crops images: %s will name no regions.", PREDICTIONS)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: ImageBatch, *args: Any, **kwargs: Any
+    ) -> None:
+        """Keep the rows of a batch."""
+        del trainer, args, kwargs
+        if outputs.image_path is None or outputs.pred_score is None:
+            return
+        post_processor = cast("PostProcessor | None", pl_module.post_processor)
+        thresholds = _thresholds(post_processor)
+        scores = outputs.pred_score.flatten().cpu()
+        numbers = scores.to(torch.promote_types(scores.dtype, torch.float32)).numpy()  # NumPy has no bfloat16
+        categories = self._categories(post_processor, outputs)
+        masks = None if thresholds.mask is None or _crops(pl_module.pre_processor) else outputs.pred_mask
+        for index, path in enumerate(map(str, outputs.image_path)):
+            threshold, label, regions = "", "", ""
+            if thresholds.image is not None:
+                threshold = str(thresholds.image)
+                label = "defective" if numbers[index] > thresholds.image else "good"
+            if masks is not None and (size := _image_size(path)) is not None:
+                regions = json.dumps(_regions(masks[index], size))
+            name = name_below(path, self._folder).as_posix()
+            self._rows[path] = Row(name, categories[index], str(numbers[index]), threshold, label, regions)
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Join the rows of all processes and write them."""
+        del pl_module
+        rows = {path: row for part in of_all_processes(self._rows) for path, row in part.items()}
+        self._rows = {}
+        if not trainer.is_global_zero:
+            return
+        file = Path(trainer.default_root_dir) / PREDICTIONS
+        if not rows:
+            logger.warning("%s is not written: the predictions have no scores, or their images no paths.", file)
+            return
+        try:
+            _write(sorted(rows.values()), file)
+        except OSError as error:
+            logger.warning("The predictions could not be saved to %s: %s", file, error)
+        else:
+            logger.info("Scores and regions of %d images: %s", len(rows), file)
+
+    def _categories(self, post_processor: PostProcessor | None, batch: ImageBatch) -> list[str]:
+        """Return the category of each image of a batch, empty where it is unknown."""
+        if isinstance(post_processor, CategoryThresholdPostProcessor):
+            return [category or "" for category in post_processor.categories_of(batch)]
+        return [self._category_of_path.get(str(path), "") for path in cast("list[str]", batch.image_path)]
+
+
+class _Thresholds(NamedTuple):
+    """Thresholds of normalised scores and maps, None where there is none."""
+
+    image: np.float32 | None
+    mask: np.float32 | None
+
+
+def _thresholds(post_processor: PostProcessor | None) -> _Thresholds:
+    """Return the thresholds that labels and masks come from."""
+    if post_processor is None or not post_processor.enable_thresholding:
+        return _Thresholds(None, None)
+    normalized = (post_processor.normalized_image_threshold, post_processor.normalized_pixel_threshold)
+    raw = (post_processor.image_threshold, post_processor.pixel_threshold)
+    return _Thresholds(
+        *(None if own.isnan() else np.float32(value.item()) for own, value in zip(raw, normalized, strict=True))
+    )
+
+
+def _regions(mask: Tensor, size: tuple[int, int]) -> list[list[int]]:
+    """Return ``[x, y, width, height, area]`` of the regions of a mask ``(H, W)`` or ``(1, H, W)``.
+
+    Args:
+        mask: Predicted mask, bool.
+        size: Width and height of the image that it stands for; the boxes are in its pixels.
+    """
+    plane = mask.reshape(mask.shape[-2:]).to("cpu", torch.uint8).numpy()
+    across, down = size[0] / plane.shape[1], size[1] / plane.shape[0]
+    _, _, found, _ = cv2.connectedComponentsWithStats(plane, connectivity=8)
+    boxes = []
+    for x, y, width, height, area in sorted(found[1:].tolist(), key=lambda region: -region[-1])[:MOST_REGIONS]:
+        left, top = min(round(x * across), size[0] - 1), min(round(y * down), size[1] - 1)
+        wide, high = max(round((x + width) * across) - left, 1), max(round((y + height) * down) - top, 1)
+        boxes.append([left, top, wide, high, min(max(round(area * across * down), 1), wide * high)])
+    return boxes
+
+
+def _image_size(path: str) -> tuple[int, int] | None:
+    """Return width and height of an image as it is shown, None if the path is no file."""
+    if not Path(path).is_file():
+        return None
+    may_be_turned = is_misread(path)
+    with Image.open(path) as image:
+        width, height = image.size
+        # Asked only where needed: Pillow decodes a PNG to answer.
+        turned = may_be_turned and image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+    return (height, width) if turned else (width, height)
+
+
+def _crops(pre_processor: object) -> bool:
+    """Say whether the maps of a model show a part of the image only."""
+    transform = pre_processor.transform if isinstance(pre_processor, PreProcessor) else None
+    steps = transform.transforms if isinstance(transform, Compose) else [transform]
+    return any(isinstance(step, CenterCrop) for step in steps)
+
+
+def _write(rows: list[Row], file: Path) -> None:
+    """Write the table."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(Row._fields)
+        writer.writerows(rows)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files are replaced whole or left as they were, whoever writes them, and what cannot be written says so."""
+
+import errno
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from anomalib_uniass.data.sample.writer import write_sample_dataset
+from anomalib_uniass.deploy.export import write_thresholds
+from anomalib_uniass.files import replace_text, replacing
+from anomalib_uniass.metrics import ComparisonCallback, write_comparison, write_table
+from anomalib_uniass.metrics.category_metrics import COUNTS
+from anomalib_uniass.metrics.functional import METRICS
+from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
+
+DISK_FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def half_written(path: Path) -> None:
+    path.write_text("half")
+    raise DISK_FULL
+
+
+@pytest.mark.parametrize("before", [None, "earlier"])
+def test_failure_in_the_middle_leaves_the_earlier_file_and_nothing_else(tmp_path: Path, before: str | None) -> None:
+    path = tmp_path / "table.csv"
+    if before is not None:
+        path.write_text(before)
+    message = r"cannot write .*table\.csv.*No space left on device"
+    with pytest.raises(OSError, match=message) as caught, replacing(path) as draft:
+        half_written(draft)
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(KeyboardInterrupt), replacing(path) as draft:
+        draft.write_text("half")
+        raise KeyboardInterrupt
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == ([("table.csv", before)] if before else [])
+
+
+def test_success_replaces_the_file_and_keeps_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    replace_text(tmp_path / "new", "ä")
+    replace_text(tmp_path / "new", "ö")
+    assert (tmp_path / "new").read_text(encoding="utf-8") == "ö"
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"cannot write .*file/table\.csv"):
+        replace_text(tmp_path / "file" / "table.csv", "")
+
+
+def test_errors_without_a_number_are_told_too(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"cannot write .*image\.png.*: broken encoder"),
+        replacing(tmp_path / "image.png"),
+    ):
+        msg = "broken encoder"
+        raise OSError(msg)
+
+
+# --- Those that write ------------------------------------------------------------------------------------------------
+
+
+def rows(value: float) -> dict[str, dict[str, float]]:
+    row = dict.fromkeys(METRICS, value) | dict.fromkeys(COUNTS, 2)
+    return {"bolt": row, "mean": row}
+
+
+def save_table(folder: Path, value: float) -> None:
+    write_table(rows(value), folder, model="M", datamodule=None, map_size=None)
+
+
+def save_comparison(folder: Path, value: float) -> None:
+    (folder / "models").mkdir(exist_ok=True)
+    costs = dict.fromkeys(("parameters", "trainable_parameters", "fit_seconds", "test_seconds"), 1)
+    figures = {"model": "M", "settings": "", "tested": 0, **costs, "table": rows(value)}
+    (folder / "models" / "M.json").write_text(json.dumps(figures))
+    write_comparison(folder)
+
+
+def save_thresholds(folder: Path, value: float) -> None:
+    post_processor = CategoryThresholdPostProcessor()
+    post_processor.calibration = {"image": {"bolt": value}, "pixel": {"bolt": value}}
+    post_processor._image_threshold.fill_(1)
+    post_processor._pixel_threshold.fill_(1)
+    write_thresholds(post_processor, folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("save", "owner", "writer", "names"),
+    [
+        (save_table, Path, "open", {"per_category.csv", "per_category.json"}),
+        (save_comparison, Path, "open", {"table.csv", "table.md", "per_category.csv", "pixel_AP.png"}),
+        (save_comparison, pd.DataFrame, "to_csv", {"table.csv", "table.md", "per_category.csv", "pixel_AP.png"}),
+        (save_comparison, Figure, "savefig", {"table.csv", "table.md", "per_category.csv", "pixel_AP.png"}),
+        (save_thresholds, Path, "open", {"category_thresholds.json"}),
+    ],
+)
+def test_full_disk_leaves_earlier_results(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    save: Callable[[Path, float], None],
+    owner: type,
+    writer: str,
+    names: set[str],
+) -> None:
+    save(tmp_path, 0.5)
+    before = contents(tmp_path)
+    assert before.keys() == names
+    write, failed = getattr(owner, writer), []
+
+    def full(self: Any, *arguments: Any, **options: Any) -> Any:
+        """Write half of it to whatever place was asked for, then fail; leave the figures of the models alone."""
+        path = Path(self if owner is Path else arguments[0])
+        if "M.json" in path.name or (owner is Path and "w" not in (*arguments, *options.values(), "r")):
+            return write(self, *arguments, **options)
+        failed.append(path)
+        with io.open(path, "wb") as file:  # noqa: UP020  # Path's own may be the one that fails
+            file.write(b"half")
+        raise DISK_FULL
+
+    monkeypatch.setattr(owner, writer, full)
+    with pytest.raises(OSError, match=r"cannot write .*No space left on device"):
+        save(tmp_path, math.nan if save is save_table else 0.25)
+    monkeypatch.undo()
+    assert failed
+    now = contents(tmp_path)
+    assert now.keys() == names
+    assert now[failed[0].name] == before[failed[0].name]
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name != "models"]
+
+
+def test_sample_dataset_on_a_full_disk_names_its_folder_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("elpv_dataset")
+
+    def full(*_arguments: object, **_options: object) -> None:
+        raise DISK_FULL
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    with pytest.raises(OSError, match=r"cannot write .*inspection.*No space left on device"):
+        write_sample_dataset(tmp_path / "inspection", image_size=64, train=1, good=1, per_defect=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_comparison_that_cannot_be_written_fails_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folders are there, but no file can be made in them; permissions do not stop root, so a stub does."""
+
+    def read_only(*_arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(options["dir"]))
+
+    monkeypatch.setattr("anomalib_uniass.metrics.comparison.TemporaryDirectory", read_only)
+    trainer: Any = type("Trainer", (), {"is_global_zero": True})
+    with pytest.raises(PermissionError, match=str(tmp_path)):
+        ComparisonCallback(tmp_path).setup(trainer, trainer, "fit")
+
+
+def test_broken_figures_of_a_model_are_named(tmp_path: Path) -> None:
+    save_comparison(tmp_path, 0.5)
+    (tmp_path / "models" / "N.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=r"N\.json holds no figures of a model .*delete it"):
+        write_comparison(tmp_path)
