@@ -63,7 +63,7 @@ EPOCH = [*CPU, "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch",
 EPOCHS = [*CPU, "--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "1"]
 NETWORK = {"backbone": "resnet18", "pre_trained": False, "image_size": [128, 128]}
 WIDTH = {"hidden_dim": 32, "feedforward_dim": 32}
-SHALLOW = {"finest_level": 3, "channel_branch": False}  # half of the time of an export
+SHALLOW = {"channel_branch": False}  # half of the time of an export
 LOADERS = {"num_workers": 0, "train_batch_size": 8, "eval_batch_size": 8}
 
 MODELS: dict[str, dict[str, Any]] = {

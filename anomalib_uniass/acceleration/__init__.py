@@ -20,6 +20,9 @@ from anomalib_uniass.models.unias.heads import ReconstructionHead
 from anomalib_uniass.models.unias.pixel_decoder import FPNLevel
 from anomalib_uniass.models.unias.torch_model import UniASModel
 
+LARGE_MAP = 2**20
+"""Numbers in an image's finest memory map from which on it is not kept: 12,544 pixels of 84 channels, at 224 px."""
+
 
 def _heads(model: UniASModel) -> None:
     _replace(model, {ReconstructionHead: partial(fold_head, grid_size=model.grid_size)})
@@ -38,6 +41,10 @@ def _layout(model: UniASModel) -> None:
 
 
 def _memory(model: UniASModel) -> None:
+    height, width = model.grid_size
+    scale = 2 ** len(model.pixel_decoder.levels)
+    if height * width * scale**2 * model.pixel_decoder.deepest_conv.out_channels < LARGE_MAP:
+        return
     embed = partial(checkpointed_embed, model.pixel_decoder, model.source_embedding)
     model.embed = embed  # type: ignore[method-assign]
 
@@ -58,8 +65,9 @@ def accelerate(model: UniASModel, rewrites: Iterable[str] = REWRITES) -> None:
         model: A plain model.
         rewrites: Names of the rewrites.
     """
-    for name in rewrites:
-        REWRITES[name](model)
+    with torch.inference_mode(False):  # tensors that are made there could not be trained with
+        for name in rewrites:
+            REWRITES[name](model)
 
 
 def _replace(model: nn.Module, rewrites: dict[type, Callable[..., nn.Module]]) -> None:

@@ -52,3 +52,8 @@ class Folded(nn.Module):
 
 def _fold_anew(module: Folded, _: object) -> None:
     module.train(module.training)
+
+
+def runs_on_cpu(x: Tensor) -> bool:
+    """Tell whether operators on a tensor run on a CPU, as they are called: not compiled, not exported."""
+    return x.is_cpu and not torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export()

@@ -7,11 +7,13 @@ of the level's input. So the convolution may act on the lower level before it is
 is projected to D channels.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_uniass.acceleration.constants import Folded
+from anomalib_uniass.acceleration.constants import Folded, runs_on_cpu
 from anomalib_uniass.acceleration.upsampled_conv import fold_upsampling, upsampled_conv2d
 from anomalib_uniass.models.unias.pixel_decoder import FPNLevel
 
@@ -21,6 +23,8 @@ FOLD_GAIN = 2
 
 class FoldedFPNLevel(Folded):
     """A level of the pixel decoder, its convolution of either summand by itself.
+
+    On a CPU by PyTorch alone: exported graphs keep the convolution of the sum, which takes batches of any size.
 
     Args:
         plain: The level.
@@ -37,6 +41,8 @@ class FoldedFPNLevel(Folded):
 
     def fuse(self, x: Tensor, below: Tensor) -> Tensor:
         """Convolve the upsampled map and the lateral one apart, and add."""
+        if not runs_on_cpu(x):
+            return FPNLevel.fuse(cast("FPNLevel", self), x, below)
         scale, shift = affine_of_norm(self.lateral_conv, self.lateral_norm, x)
         # Upsampling keeps constants: the shift is added where the map is small.
         upsampled = upsampled_conv2d(below + shift.to(below.dtype)[..., None, None], *self.folded())

@@ -29,7 +29,6 @@ class FeaturePyramid(nn.Module):
         pre_trained: Load ImageNet weights; from timm's hub, or from ``weights`` if given.
         weights: A weights file or the name of an installed weights package
             (see :func:`~anomalib_uniass.layers.backbone_weights.load_backbone_weights`).
-        finest_level: First level that is returned, 1 to 3.
 
     Attributes:
         channels: Channels of the returned taps, fine to coarse.
@@ -37,7 +36,7 @@ class FeaturePyramid(nn.Module):
         std: Normalisation standard deviation, likewise.
 
     Raises:
-        ValueError: If timm does not know the backbone, it lacks one of the strides, or there is no such level.
+        ValueError: If timm does not know the backbone, or it lacks one of the strides.
         RuntimeError: If the weights cannot be fetched.
         FileNotFoundError: If ``weights`` names neither a file nor an installed package.
     """
@@ -48,13 +47,8 @@ class FeaturePyramid(nn.Module):
         *,
         pre_trained: bool = True,
         weights: str | Path | None = None,
-        finest_level: int = 1,
     ) -> None:
         super().__init__()
-        if finest_level not in range(1, len(STRIDES)):
-            msg = f"finest_level must be 1, 2 or 3 (strides 2, 4, 8), got {finest_level!r}."
-            raise ValueError(msg)
-        self.finest_level = finest_level
         if not timm.is_model(backbone):
             known = timm.list_models()
             close = [name for name in known if backbone in name][:5] or difflib.get_close_matches(backbone, known, n=5)
@@ -68,7 +62,7 @@ class FeaturePyramid(nn.Module):
         if pre_trained and weights is not None:
             load_backbone_weights(network, backbone, weights)
 
-        self.channels: tuple[int, ...] = tuple(network.feature_info.channels())[finest_level - 1 :]
+        self.channels: tuple[int, ...] = tuple(network.feature_info.channels())
         config = network.pretrained_cfg
         self.mean: tuple[float, ...] = tuple(config["mean"])
         self.std: tuple[float, ...] = tuple(config["std"])
@@ -89,9 +83,9 @@ class FeaturePyramid(nn.Module):
             image: Normalised images ``(B, 3, H, W)``, H and W multiples of 16.
 
         Returns:
-            Features from the finest level on, fine to coarse.
+            Features, fine to coarse.
         """
-        return list(self.network(image))[self.finest_level - 1 :]
+        return list(self.network(image))
 
 
 def _create_network(backbone: str, *, pre_trained: bool) -> Any:

@@ -32,7 +32,6 @@ from anomalib_uniass.prediction import PredictionMixin
 logger = logging.getLogger(__name__)
 
 GRADIENT_CLIP = 0.1
-STATISTICS_BATCHES = 100
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """What the trainer may compute in: anomalib's batches hold float32 images, whatever the weights are."""
@@ -43,7 +42,7 @@ LRSchedule = Literal["step", "onecycle"]
 class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
     """Training, checkpoints and export of a frozen backbone with a trainable reconstruction network.
 
-    Expects of the class it is mixed into: ``self.model`` with ``backbone``, ``standardization``, ``reconstruct`` and
+    Expects of the class it is mixed into: ``self.model`` with ``backbone``, ``anomaly_map``, ``reconstruct`` and
     ``detect``; ``self.loss`` that takes what ``reconstruct`` returns; and the constructor arguments ``learning_rate``,
     ``weight_decay``, ``lr_schedule``, ``lr_step_epochs``, ``max_epochs``, ``pre_trained`` and ``weights``.
 
@@ -181,14 +180,9 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
         if states and self.trainer.world_size == 1:  # the checkpoint has the states of one process
             set_random_states(states, self.device)
 
-    def on_fit_start(self) -> None:
-        """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them."""
-        standardization = self.model.standardization
-        if standardization is None or standardization.fitted:
-            return
-        logger.info("Standardising backbone features over up to %d training batches.", STATISTICS_BATCHES)
-        batches = islice(self._training_loader(), STATISTICS_BATCHES)
-        standardization.fit(self.model.backbone(image) for image in self._inputs(batches))
+    def training_batches(self, count: int) -> Iterator[Tensor]:
+        """Yield up to `count` batches of the training set, in the trainer's order: model inputs ``(B, 3, H, W)``."""
+        return self._inputs(islice(self._training_loader(), count))
 
     def training_images(self) -> Iterator[Tensor]:
         """Yield every training image once, in order, each process its share: model inputs ``(B, 3, H, W)``."""
@@ -323,7 +317,6 @@ def check_arguments(
     feedforward_dim: object,
     jitter_scale: object,
     jitter_probability: object,
-    standardize_features: object,
     learning_rate: object,
     weight_decay: object,
     lr_schedule: object,
@@ -341,7 +334,6 @@ def check_arguments(
     check_whole("feedforward_dim", feedforward_dim, at_least=1)
     check_number("jitter_scale", jitter_scale, at_least=0)
     check_number("jitter_probability", jitter_probability, at_least=0, at_most=1)
-    check_flag("standardize_features", standardize_features)
     check_number("learning_rate", learning_rate, above=0)
     check_number("weight_decay", weight_decay, at_least=0)
     check_choice("lr_schedule", lr_schedule, get_args(LRSchedule))

@@ -152,6 +152,13 @@ def test_made_under_inference_mode_and_trained_outside(images: Tensor) -> None:
     assert model.heads[3].convs[0].weight.grad is not None
 
 
+def test_built_under_inference_mode(plain: UniASModel, images: Tensor) -> None:
+    with torch.inference_mode():
+        model = randomised()
+        accelerate(model)
+    assert close(model.eval()(images).anomaly_map, plain.eval()(images).anomaly_map)
+
+
 def test_a_training_step_keeps_at_most_three_fifths(plain: UniASModel) -> None:
     images = torch.randn(2, 3, 128, 160, dtype=torch.float64)
 

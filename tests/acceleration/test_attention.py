@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_uniass.acceleration.attention import CPUAttentionLayer
 from anomalib_uniass.acceleration.dropout import Dropout
 from anomalib_uniass.acceleration.linear import MINIMAL_WEIGHTS, linear
 from anomalib_uniass.layers.neighbor_mask import neighbor_mask
@@ -64,7 +65,7 @@ def test_linear_is_the_matrix_product(inputs: int, outputs: int, transposed: boo
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_is_pytorch_s(training: bool, masked: bool) -> None:
     torch.manual_seed(0)
-    layer = AttentionLayer(256, heads=4, dropout=0.0).train(training)
+    layer = CPUAttentionLayer(AttentionLayer(256, heads=4, dropout=0.0)).train(training)
     nn.init.normal_(layer.attention.in_proj_bias)
     tokens, query, key, value = (torch.randn(2, 80, 256, requires_grad=True) for _ in range(4))
     mask = neighbor_mask(8, 10) if masked else None
@@ -81,7 +82,7 @@ def test_attention_is_pytorch_s(training: bool, masked: bool) -> None:
 
 def test_attention_weights_are_dropped_in_training() -> None:
     torch.manual_seed(0)
-    layer = AttentionLayer(16, heads=2, dropout=0.4)
+    layer = CPUAttentionLayer(AttentionLayer(16, heads=2, dropout=0.4))
     layer.norm = nn.Identity()  # type: ignore[assignment]
     tokens = torch.randn(1, 6, 16).expand(4000, -1, -1)
     with torch.no_grad():

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folded head against the plain form, which is the release's (test_unias_parity.py)."""
+"""Folded heads against the plain ones, which are the release's (test_unias_parity.py)."""
 
 import copy
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from anomalib_uniass.acceleration.heads import FoldedReconstructionHead, fold_head
 from anomalib_uniass.models.unias.heads import ReconstructionHead
 
 SIZES = [
@@ -16,69 +18,58 @@ SIZES = [
 ]
 
 
-def make_head(grid: tuple[int, int], scale: int, width: int, channels: int) -> tuple[ReconstructionHead, torch.Tensor]:
+def make_heads(grid: tuple[int, int], scale: int, width: int, channels: int) -> tuple[nn.Module, nn.Module, Tensor]:
+    """Return a head and its folded form, with parameters of their own, and an input."""
     torch.manual_seed(0)
-    head = ReconstructionHead(width, channels, grid_size=grid, scale=scale)
-    return head, torch.randn(2, width, *grid)
+    plain = ReconstructionHead(width, channels, scale=scale)
+    return plain, FoldedReconstructionHead(copy.deepcopy(plain), grid_size=grid), torch.randn(2, width, *grid)
 
 
 @pytest.mark.parametrize(("grid", "scale", "width", "channels"), SIZES)
 def test_folded_equals_plain_up_to_the_border(grid: tuple[int, int], scale: int, width: int, channels: int) -> None:
-    head, x = make_head(grid, scale, width, channels)
-    plain, folded = head.plain(x), head.folded(x, *head.fold())
-    assert (plain - folded).abs().max() / plain.abs().max() < 1e-5
+    plain, folded, x = make_heads(grid, scale, width, channels)
+    expected = plain(x)
+    for mode in (True, False):
+        assert (expected - folded.train(mode)(x)).abs().max() / expected.abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(("grid", "scale", "width", "channels"), SIZES)
 def test_gradients_flow_through_the_fold(grid: tuple[int, int], scale: int, width: int, channels: int) -> None:
-    head, x = make_head(grid, scale, width, channels)
+    plain, folded, x = make_heads(grid, scale, width, channels)
     x.requires_grad_()
-    target = torch.randn_like(head.plain(x))
-    variables = [*head.convs.parameters(), x]
-    plain = torch.autograd.grad((head.plain(x) - target).square().mean(), variables)
-    folded = torch.autograd.grad((head.folded(x, *head.fold()) - target).square().mean(), variables)
-    for a, b in zip(plain, folded, strict=True):
+    target = torch.randn_like(plain(x))
+    gradients = [
+        torch.autograd.grad((head(x) - target).square().mean(), [*head.parameters(), x]) for head in (plain, folded)
+    ]
+    for a, b in zip(*gradients, strict=True):
         assert (a - b).norm() / a.norm() < 1e-4
 
 
 def test_only_13_of_the_27_tap_triples_differ() -> None:
-    head, _ = make_head((14, 14), 8, 64, 24)
-    assert head.rows.matrices.shape == (13, 112, 14)
+    _, folded, _ = make_heads((14, 14), 8, 64, 24)
+    assert folded.rows.matrices.shape == (13, 112, 14)
 
 
-def test_inference_uses_constants_that_follow_the_parameters() -> None:
-    head, x = make_head((14, 14), 8, 64, 24)
-    assert head.state_dict().keys() == {f"convs.{i}.{name}" for i in range(3) for name in ("weight", "bias")}
-    head.eval()
-    assert head.folded_weight is not None
-    other, _ = make_head((14, 14), 8, 64, 24)
-    with torch.no_grad():
-        other.convs[0].weight.mul_(2)
-        head.load_state_dict(other.state_dict())
-        torch.testing.assert_close(head(x), other.plain(x), rtol=1e-4, atol=1e-5)
-        head.convs[2].bias.add_(1)  # in place, without any call that announces it
-        torch.testing.assert_close(head(x), head.plain(x), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(copy.deepcopy(head)(x), head.plain(x), rtol=1e-4, atol=1e-5)
-        for scale in (2, 3):
-            weights = {name: value * scale for name, value in other.state_dict().items()}
-            head.load_state_dict(weights, assign=True)
-            torch.testing.assert_close(head(x), head.plain(x), rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize(("grid", "scale", "width", "folds"), [((14, 14), 8, 64, True), ((14, 14), 1, 64, False)])
+def test_heads_are_folded_where_it_saves_half(grid: tuple[int, int], scale: int, width: int, folds: bool) -> None:
+    plain = ReconstructionHead(width, 24, scale=scale)
+    head = fold_head(plain, grid_size=grid)
+    assert (head is not plain) == folds
+    assert head.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_training_chooses_by_cost_and_learns_the_same() -> None:
-    """Twenty steps with the folded and with the plain form give the same losses."""
-    head, x = make_head((14, 14), 8, 64, 24)
+def test_twenty_steps_give_the_losses_of_the_plain_form() -> None:
+    plain, folded, x = make_heads((14, 14), 8, 64, 24)
     x = x.repeat(8, 1, 1, 1)
-    reference = copy.deepcopy(head)
     target = torch.randn(16, 24, 112, 112)
-    losses: dict[str, list[float]] = {"folded": [], "plain": []}
-    for name, module, forward in (("folded", head, head), ("plain", reference, reference.plain)):
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    losses: list[list[float]] = []
+    for head in (plain, folded):
+        optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
+        losses.append([])
         for _ in range(20):
             optimizer.zero_grad()
-            loss = (forward(x) - target).square().mean()
+            loss = (head(x) - target).square().mean()
             loss.backward()
             optimizer.step()
-            losses[name].append(loss.item())
-    assert losses["folded"] == pytest.approx(losses["plain"], rel=1e-3)
-    assert losses["folded"] != losses["plain"]  # the folded form was in fact used
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -1,31 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fusion by summands against the plain form, which is the release's (test_unias_parity.py)."""
+"""Levels of the pixel decoder by summands against the plain ones, which are the release's (test_unias_parity.py)."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_uniass.acceleration.pixel_decoder import FoldedFPNLevel, affine_of_norm, fold_level
 from anomalib_uniass.acceleration.upsampled_conv import fold_upsampling, upsampled_conv2d
-from anomalib_uniass.models.unias.pixel_decoder import FPNPixelDecoder, affine_of_norm
-
-GRID = (5, 3)
-CHANNELS = (8, 12, 40, 24)  # fine to coarse; at width 64 the two finest levels are computed by summands
+from anomalib_uniass.models.unias.pixel_decoder import FPNLevel
 
 
-def make_decoder(channels: tuple[int, ...] = CHANNELS, width: int = 64) -> tuple[FPNPixelDecoder, list[Tensor]]:
+def make_level(channels: int = 12, width: int = 64) -> tuple[FPNLevel, Tensor, Tensor]:
+    """Return a level, its input and the memory below."""
     torch.manual_seed(0)
-    decoder = FPNPixelDecoder(channels, hidden_dim=width, feedforward_dim=32, grid_size=GRID, dropout=0.0)
-    for norm in (lateral[1] for lateral in decoder.lateral_convs):
+    level = FPNLevel(channels, width)
+    for norm in (level.lateral_norm, level.output_norm):
         torch.nn.init.normal_(norm.weight)
         torch.nn.init.normal_(norm.bias)
-    sizes = [[side * 2**level for side in GRID] for level in reversed(range(len(channels)))]
-    return decoder, [torch.randn(2, c, *size) + 1 for c, size in zip(channels, sizes, strict=True)]
-
-
-def compute_plain(decoder: FPNPixelDecoder, inputs: list[Tensor]) -> list[Tensor]:
-    *fine, deepest = inputs
-    return decoder.fuse(list, {}, decoder.encode(deepest), *fine)
+    return level, torch.randn(2, channels, 10, 6) + 1, torch.randn(2, width, 5, 3)
 
 
 @pytest.mark.parametrize("size", [(7, 4), (1, 3)])
@@ -44,63 +37,51 @@ def test_convolution_of_an_upsampled_map(size: tuple[int, int]) -> None:
 
 
 def test_summands_equal_the_sum_in_values_and_gradients() -> None:
-    decoder, inputs = make_decoder()
-    assert decoder.folded(inputs[0]).keys() == {1, 2}  # counted from the coarsest of the fine levels
-    plain, apart = compute_plain(decoder, inputs), decoder(inputs)
-    for a, b in zip(plain, apart, strict=True):
-        assert (a - b).abs().max() / a.abs().max() < 1e-5
-    weights = [torch.randn_like(a) for a in plain]
-    variables = dict(decoder.named_parameters())
-    gradients = [torch.autograd.grad(y, list(variables.values()), weights) for y in (plain, apart)]
-    for name, a, b in zip(variables, *gradients, strict=True):
-        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-6, name
+    level, x, below = make_level()
+    variables = [*level.parameters(), x.requires_grad_(), below.requires_grad_()]
+    plain, apart = level(x, below), FoldedFPNLevel(level)(x, below)
+    assert (plain - apart).abs().max() / plain.abs().max() < 1e-5
+    towards = torch.randn_like(plain)
+    for a, b in zip(*(torch.autograd.grad(y, variables, towards) for y in (plain, apart)), strict=True):
+        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-6
 
 
 def test_group_norm_from_mean_and_covariance() -> None:
-    decoder, (x, *_) = make_decoder()
-    projection, norm = decoder.lateral_convs[-1]
+    level, x, _ = make_level()
     x = x + 30  # a large mean, whose rounding the variance must not feel
-    scale, shift = affine_of_norm(projection, norm, x)
-    projected = projection(x)
+    scale, shift = affine_of_norm(level.lateral_conv, level.lateral_norm, x)
+    projected = level.lateral_conv(x)
     applied = scale[..., None, None] * projected + shift[..., None, None]
-    torch.testing.assert_close(applied, norm(projected), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(applied, level.lateral_norm(projected), rtol=1e-4, atol=1e-3)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(affine_of_norm(projection, norm, x)[0], scale)
+        assert torch.equal(affine_of_norm(level.lateral_conv, level.lateral_norm, x)[0], scale)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float64, 1e-12)])
 def test_models_of_another_precision(dtype: torch.dtype, tolerance: float) -> None:
-    decoder, inputs = make_decoder()
-    decoder, inputs = decoder.to(dtype).eval(), [x.to(dtype) for x in inputs]
+    level, x, below = make_level()
+    level, x, below = level.to(dtype).eval(), x.to(dtype), below.to(dtype)
     with torch.no_grad():
-        plain, apart = compute_plain(decoder, inputs), decoder(inputs)
-    for a, b in zip(plain, apart, strict=True):
-        assert b.dtype == dtype
-        assert (a - b).norm() < tolerance * a.norm()
-
-
-def test_inference_uses_constants_that_follow_the_parameters() -> None:
-    decoder, inputs = make_decoder()
-    assert not any(name.startswith("folded") for name in decoder.state_dict())
-    decoder.eval()
-    assert decoder.folded_weight_2.shape == (64, 64, 3, 3)
-    with torch.no_grad():
-        decoder.output_convs[2][0].weight[:, 3:] *= 2  # in place, without any call that announces it
-        for a, b in zip(decoder(inputs), compute_plain(decoder, inputs), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        plain, apart = level(x, below), FoldedFPNLevel(level).eval()(x, below)
+    assert apart.dtype == dtype
+    assert (plain - apart).norm() < tolerance * plain.norm()
 
 
 @pytest.mark.parametrize(
-    ("channels", "width", "levels"),
+    ("channels", "width", "folds"),
     [
-        pytest.param((48, 64, 112, 320), 256, {1, 2}, id="EfficientNet-B4"),
-        pytest.param((32, 48, 80, 224), 256, {1, 2}, id="EfficientNet-lite0"),
-        pytest.param((32, 48, 80, 224), 64, set(), id="narrow"),
+        pytest.param(48, 256, True, id="EfficientNet-B4, level 1"),
+        pytest.param(64, 256, True, id="EfficientNet-B4, level 2"),
+        pytest.param(112, 256, False, id="EfficientNet-B4, level 3"),
+        pytest.param(32, 64, False, id="narrow"),
     ],
 )
-def test_levels_are_computed_by_summands_where_it_saves_half(
-    channels: tuple[int, ...], width: int, levels: set[int]
-) -> None:
-    decoder, inputs = make_decoder(channels, width)
-    assert decoder.folded(inputs[0]).keys() == levels
-    assert not decoder.folded(inputs[0].to("meta"))  # other devices convolve the sum
+def test_levels_are_computed_by_summands_where_it_saves_half(channels: int, width: int, folds: bool) -> None:
+    level = FPNLevel(channels, width)
+    assert (fold_level(level) is not level) == folds
+
+
+def test_other_devices_convolve_the_sum() -> None:
+    level, x, below = make_level()
+    fused = FoldedFPNLevel(level).to("meta").fuse(x.to("meta"), below.to("meta"))
+    assert fused.shape == (2, 64, 10, 6)

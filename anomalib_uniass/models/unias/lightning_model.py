@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """UniAS as an anomalib model."""
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
@@ -24,6 +25,11 @@ from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProce
 if TYPE_CHECKING:
     import openvino as ov
 
+logger = logging.getLogger(__name__)
+
+STANDARDIZATION_BATCHES = 100
+"""Batches of the training set over which features are standardised, at most."""
+
 
 class UniAS(ReconstructionMixin, AnomalibModule):
     """UniAS: unified anomaly segmentation, one model for all categories (Ma et al., WACV 2025, arXiv 2501.12295).
@@ -46,16 +52,11 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             squared error; directions are compared as they are. Not in the paper; it speeds up short trainings.
         target: What is reconstructed: the ``low_frequencies`` of the features, as in the paper, or the ``features``,
             which keeps defects that are small beside a level's stride.
-        finest_level: Finest level that is reconstructed and enters the map: 1, the paper's, has stride 2; 2 has
-            stride 4 and 3 has stride 8. The token grid cannot render fine texture: on such surfaces leave out the
-            fine levels, which makes the model cheaper too.
-        prototypes: Number of kinds of images, found by k-means, that the model keeps statistics of its errors on good
-            images for, to weigh errors by: what it cannot predict of a kind's good surface counts less, and fine levels
-            count where it explains something there. Twice the number of categories will do; 0, as in the paper, weighs
-            all errors alike.
+        prototypes: Number of clusters of images, found by k-means, for which statistics of the errors on good images
+            are taken when the training ends, to weigh errors by: what the model cannot predict of a cluster's good
+            surfaces counts less, and fine levels count where it explains something there. Twice the number of
+            categories will do; 0, as in the paper, weighs all errors alike.
         loss_weight: Weight of the loss; the release takes 10 for MVTec AD and 1 for VisA.
-        mse_weight: Weight of the mean squared error in the loss.
-        cosine_weight: Weight of the cosine term in the loss.
         cosine_term: ``distance``, the paper's 1 - cos, or ``release``, the + cos of the official code.
         score: Image score of a map: its standard deviation (``std``), its maximum (``max``), or the mean of its
             highest percent (``top``).
@@ -71,9 +72,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         pre_processor: Pre-processor, or True for resize and normalisation with the backbone's statistics.
         post_processor: Post-processor, or True for thresholds per category at a false-positive rate of 1 % of the
             good images and 0.1 % of their pixels
-            (:class:`~anomalib_uniass.thresholds.post_processor.CategoryThresholdPostProcessor`). For anomalib's
-            thresholds, one for all categories by the best F1 score on the validation labels, give
-            :class:`~anomalib_uniass.models.unias.post_processor.ProductMapPostProcessor`.
+            (:class:`~anomalib_uniass.thresholds.post_processor.CategoryThresholdPostProcessor`).
         evaluator: Evaluator, or True for anomalib's. The per-category metrics of this package come beside it.
         visualizer: Visualizer, or True for :class:`~anomalib_uniass.prediction.PathVisualizer`.
 
@@ -95,7 +94,6 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         "channel_branch",
         "standardize_features",
         "target",
-        "finest_level",
         "prototypes",
     )
 
@@ -112,11 +110,8 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         jitter_probability: float = 0.5,
         standardize_features: bool = False,
         target: Target = "low_frequencies",
-        finest_level: int = 1,
         prototypes: int = 0,
         loss_weight: float = 10.0,
-        mse_weight: float = 1.0,
-        cosine_weight: float = 1.0,
         cosine_term: CosineTerm = "distance",
         score: ImageScore = "std",
         learning_rate: float = 1e-4,
@@ -143,7 +138,6 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             feedforward_dim=feedforward_dim,
             jitter_scale=jitter_scale,
             jitter_probability=jitter_probability,
-            standardize_features=standardize_features,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             lr_schedule=lr_schedule,
@@ -152,15 +146,10 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             seed=seed,
         )
         check_flag("channel_branch", channel_branch)
+        check_flag("standardize_features", standardize_features)
         check_whole("hidden_dim", hidden_dim, at_least=1)
-        check_whole("finest_level", finest_level, at_least=1)
         check_whole("prototypes", prototypes, at_least=0)
         check_number("loss_weight", loss_weight, above=0)
-        check_number("mse_weight", mse_weight, at_least=0)
-        check_number("cosine_weight", cosine_weight, at_least=0)
-        if not (mse_weight or cosine_weight):
-            msg = "mse_weight and cosine_weight are both 0, so that there is nothing to learn. Give one of them."
-            raise ValueError(msg)
         check_flag("accelerate", accelerate)
         super().__init__(
             # Rebuilt below, once the backbone's normalisation is known.
@@ -181,17 +170,21 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             jitter_probability=jitter_probability,
             standardize_features=standardize_features,
             target=target,
-            finest_level=finest_level,
             prototypes=prototypes,
             score=score,
             seed=seed,
         )
         if accelerate:
             acceleration.accelerate(self.model)
-        self.loss = ReconstructionLoss(
-            weight=loss_weight, mse_weight=mse_weight, cosine_weight=cosine_weight, cosine_term=cosine_term
-        )
+        self.loss = ReconstructionLoss(weight=loss_weight, cosine_term=cosine_term)
         self.complete_pre_processor(pre_processor, image_size)
+
+    def on_fit_start(self) -> None:
+        """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them."""
+        standardization = self.model.standardization
+        if standardization is not None and not standardization.fitted:
+            logger.info("Standardising backbone features over up to %d training batches.", STANDARDIZATION_BATCHES)
+            standardization.fit(self.model.backbone(image) for image in self.training_batches(STANDARDIZATION_BATCHES))
 
     @torch.no_grad()
     def take_statistics(self) -> None:
@@ -199,6 +192,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         whitening = self.model.anomaly_map.whitening
         if whitening is None:
             return
+        logger.info("Taking the statistics of the errors over the training set.")
         training = self.model.training
         self.model.eval()
         whitening.fit_clusters(self.model.backbone(image)[-1] for image in self.training_images())

@@ -11,12 +11,10 @@ CosineTerm = Literal["distance", "release"]
 
 
 class ReconstructionLoss(nn.Module):
-    """``weight * sum_j [mse_weight * MSE(r_j, t_j) + cosine_weight * mean(1 - cos(r_j, t_j))]`` -> scalar.
+    """``weight * sum_j [MSE(r_j, t_j) + mean(1 - cos(r_j, t_j))]`` -> scalar.
 
     Args:
         weight: Weight of the sum; the release takes 10 for MVTec AD and 1 for VisA.
-        mse_weight: Weight of the mean squared error.
-        cosine_weight: Weight of the cosine term.
         cosine_term: ``distance``, the paper's ``1 - cos``; or ``release``, the ``+ cos`` of the official code, a slip
             of sign that rewards dissimilar directions, to reproduce its numbers.
     """
@@ -25,14 +23,10 @@ class ReconstructionLoss(nn.Module):
         self,
         *,
         weight: float = 10.0,
-        mse_weight: float = 1.0,
-        cosine_weight: float = 1.0,
         cosine_term: CosineTerm = "distance",
     ) -> None:
         super().__init__()
         self.weight = weight
-        self.mse_weight = mse_weight
-        self.cosine_weight = cosine_weight
         self.cosine_term = cosine_term
 
     def forward(
@@ -55,4 +49,4 @@ class ReconstructionLoss(nn.Module):
         cosine = 1 - similarity if self.cosine_term == "distance" else similarity
         if std is not None:
             reconstruction, target = reconstruction / std, target / std
-        return self.mse_weight * F.mse_loss(reconstruction, target) + self.cosine_weight * cosine
+        return F.mse_loss(reconstruction, target) + cosine

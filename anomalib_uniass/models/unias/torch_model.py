@@ -61,8 +61,7 @@ class UniASModel(nn.Module):
         standardize_features: Standardise the backbone features per channel with statistics of the training set, for
             the network and the squared error; directions are compared as they are. Not in the paper.
         target: What is reconstructed: the ``low_frequencies`` of the features, as in the paper, or the ``features``.
-        finest_level: Finest level that is reconstructed and enters the map, 1 (stride 2, the paper's) to 3 (stride 8).
-        prototypes: Kinds of images that have statistics of their errors, to compare by; 0, as in the paper,
+        prototypes: Clusters of images that have statistics of their errors, to compare by; 0, as in the paper,
             does without.
         score: Reduction of the map to the image score.
         seed: Seed of the initial weights; leaves torch's global generator alone. None draws from the latter.
@@ -85,7 +84,6 @@ class UniASModel(nn.Module):
         jitter_probability: float = 0.5,
         standardize_features: bool = False,
         target: Target = "low_frequencies",
-        finest_level: int = 1,
         prototypes: int = 0,
         score: ImageScore = "std",
         seed: int | None = None,
@@ -98,9 +96,7 @@ class UniASModel(nn.Module):
         self.target: Target = target
 
         with seeded(seed):
-            self.backbone = FeaturePyramid(
-                backbone, pre_trained=pre_trained, weights=weights, finest_level=finest_level
-            )
+            self.backbone = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights)
             channels = self.backbone.channels  # fine to coarse
             self.standardization = FeatureStandardization(channels) if standardize_features else None
             levels = len(channels)
