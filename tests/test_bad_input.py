@@ -23,10 +23,10 @@ from torch import nn
 
 from anomalib_uniass import BoundedPatchcore, MVTec, UniAD, UniAS, Unified, load_official_checkpoint
 from anomalib_uniass.acceleration.dropout import Dropout
-from anomalib_uniass.data.sample import write_sample_dataset
 from anomalib_uniass.metrics import CategoryMetrics
 from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
 from tests.helpers.datasets import make_mvtec_layout
+from tests.helpers.sample_data import write
 
 SMALL: dict[str, Any] = {"backbone": "resnet18", "pre_trained": False, "image_size": (128, 128)}
 NARROW = SMALL | {"hidden_dim": 32, "feedforward_dim": 32}
@@ -187,11 +187,11 @@ DATA = [
     ),
     Bad(lambda: Unified(root="single").setup(), ValueError, "'bolt' has a single training image"),
     Bad(
-        lambda: write_sample_dataset(Path("sample"), image_size=32),
+        lambda: write.write_sample_dataset(Path("sample"), image_size=32),
         ValueError,
         "image_size must be at least 64",
     ),
-    Bad(lambda: write_sample_dataset(Path("parts")), FileExistsError, "delete it or choose another folder"),
+    Bad(lambda: write.write_sample_dataset(Path("parts")), FileExistsError, "delete it or choose another folder"),
 ]
 
 FILES = [

@@ -183,8 +183,6 @@ def third_party(*, top_level_only: bool) -> set[str]:
     named_otherwise = {
         "PIL": "pillow",
         "cv2": "opencv-python-headless",
-        "elpv_dataset": "elpv-dataset",
-        "skimage": "scikit-image",
         "sklearn": "scikit-learn",
         "yaml": "pyyaml",
     }
@@ -195,10 +193,9 @@ def test_declared_dependencies_are_the_imported_ones() -> None:
     assert third_party(top_level_only=True) == requirements("dependencies")
 
 
-def test_optional_imports_come_from_extras() -> None:
+def test_optional_imports_are_those_of_exporters() -> None:
     exporters = {"openvino", "nncf"}  # with anomalib[openvino]
-    optional = third_party(top_level_only=False) - requirements("dependencies")
-    assert optional <= requirements("demo") | exporters
+    assert third_party(top_level_only=False) - requirements("dependencies") == exporters
 
 
 # --- The start-up hook -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import ndimage
 
 Gray = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -52,7 +53,6 @@ class Canvas:
 
 
 Canvases = Callable[[str, int, Generator], Iterator[Canvas]]
-Defect = Callable[[Canvas, Generator], Gray]
 
 
 @cache
@@ -65,13 +65,11 @@ def photograph(name: str) -> Gray:
 
 def square(photo: Gray, center: tuple[float, float], side: float, angle: float, size: int, order: int = 3) -> Gray:
     """Resample the square of ``side`` pixels around ``center`` (row, column), turned by ``angle``, to (size, size)."""
-    from scipy.ndimage import map_coordinates
-
     offset = ((np.arange(size) + 0.5) / size - 0.5) * side
     rows, columns = np.meshgrid(offset, offset, indexing="ij")
     cos, sin = np.cos(angle), np.sin(angle)
     coordinates = (center[0] + cos * rows - sin * columns, center[1] + sin * rows + cos * columns)
-    return np.asarray(map_coordinates(photo, coordinates, order=order, mode="reflect"))
+    return np.asarray(ndimage.map_coordinates(photo, coordinates, order=order, mode="reflect"))
 
 
 def _exposure(image: Gray, rng: Generator) -> Gray:
@@ -98,7 +96,6 @@ def texture_canvases(name: str, split: str, size: int, rng: Generator) -> Iterat
 @cache
 def _segmented_coins() -> NDArray[np.int64]:
     """Label the 24 coins of the photograph, (H, W), 0 = background."""
-    from scipy import ndimage
     from skimage import filters, morphology, segmentation
 
     photo = photograph("coins")
@@ -115,8 +112,6 @@ def _is_inside(coin: Mask) -> bool:
 
 def coin_canvases(split: str, size: int, rng: Generator) -> Iterator[Canvas]:
     """One coin per image, centred on its own background, evenly lit."""
-    from scipy import ndimage
-
     photo, labels = photograph("coins"), _segmented_coins()
     first, last = (_COIN_SPLIT_ROW, photo.shape[0]) if split == "train" else (0, _COIN_SPLIT_ROW)
     photo, labels = photo[first:last], labels[first:last]
@@ -150,8 +145,6 @@ def _good_cells() -> dict[int, Gray]:
 
 def solar_canvases(name: str, split: str, size: int, rng: Generator) -> Iterator[Canvas]:
     """Electroluminescence images of whole cells, mirrored at random."""
-    from scipy import ndimage
-
     cells = {index: cell for index, cell in _good_cells().items() if index in range(*_MODULES[name, split])}
     while True:
         for index in rng.permutation(list(cells)):
@@ -167,7 +160,5 @@ def solar_canvases(name: str, split: str, size: int, rng: Generator) -> Iterator
 
 def fill_from(image: Gray, known: Mask, sigma: float) -> Gray:
     """Smooth continuation of the known pixels over the whole image (normalised convolution)."""
-    from scipy.ndimage import gaussian_filter
-
-    weight = gaussian_filter(known.astype(np.float64), sigma, truncate=6)
-    return np.asarray(gaussian_filter(np.where(known, image, 0), sigma, truncate=6) / np.maximum(weight, 1e-9))
+    weight = ndimage.gaussian_filter(known.astype(np.float64), sigma, truncate=6)
+    return np.asarray(ndimage.gaussian_filter(np.where(known, image, 0), sigma, truncate=6) / np.maximum(weight, 1e-9))

@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import numpy as np
+from canvases import BUSBARS, Canvas, Gray, Mask, fill_from, photograph, square
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-
-from anomalib_uniass.data.sample.canvases import BUSBARS, Canvas, Gray, Mask, fill_from, photograph, square
+from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter, shift
+from scipy.signal import lfilter
 
 
 def _smooth_noise(size: int, sigma: float, rng: Generator) -> Gray:
     """Low-frequency noise (size, size) of mean 0 and standard deviation 1."""
-    from scipy.ndimage import gaussian_filter
-
     noise = gaussian_filter(rng.normal(size=(size, size)), sigma, mode="wrap")
     return np.asarray((noise - noise.mean()) / noise.std())
 
@@ -44,8 +43,6 @@ def _direction(part: Mask, rng: Generator) -> tuple[NDArray[np.float64], float]:
 
 def _walk(start: NDArray[np.float64], heading: float, length: float, wobble: float, rng: Generator) -> Gray:
     """Points (N, 2), 2 pixels apart, of a walk whose turns (``wobble`` radians a step) swing back to ``heading``."""
-    from scipy.signal import lfilter
-
     steps = max(3, round(length / 2))
     headings = heading + lfilter([1], [1, -0.85], rng.normal(0, wobble, steps))
     return start + 2 * np.cumsum(np.stack([np.sin(headings), np.cos(headings)], axis=1), axis=0)
@@ -53,8 +50,6 @@ def _walk(start: NDArray[np.float64], heading: float, length: float, wobble: flo
 
 def _stroke(points: Gray, widths: Gray, size: int, blur: float) -> Gray:
     """Opacity (size, size) of a polyline with one width (pixels) per point, as sharp as the photograph."""
-    from scipy.ndimage import gaussian_filter
-
     zoom = 4
     sheet = Image.new("L", (zoom * size, zoom * size))
     draw = ImageDraw.Draw(sheet)
@@ -106,8 +101,6 @@ def stain(canvas: Canvas, rng: Generator, *, absorbed: tuple[float, float] = (0.
 
 def worn(canvas: Canvas, rng: Generator) -> Gray:
     """Relief rubbed flat: the blurred image shows through."""
-    from scipy.ndimage import gaussian_filter
-
     size = canvas.size
     opacity = _blob(_random_pixel(canvas.part, rng), size, rng.uniform(0.1, 0.17) * size, 0.04 * size, rng)
     flat = gaussian_filter(canvas.image, rng.uniform(0.015, 0.03) * size) * rng.uniform(0.95, 1.1)
@@ -116,8 +109,6 @@ def worn(canvas: Canvas, rng: Generator) -> Gray:
 
 def chip(canvas: Canvas, rng: Generator) -> Gray:
     """A piece broken off at the rim, the background visible in its place."""
-    from scipy.ndimage import binary_dilation, binary_erosion
-
     size = canvas.size
     step = max(1, size // 100)
     rim = canvas.part & ~binary_erosion(canvas.part, iterations=step)
@@ -129,8 +120,6 @@ def chip(canvas: Canvas, rng: Generator) -> Gray:
 
 def misplaced(canvas: Canvas, rng: Generator) -> Gray:
     """A piece from elsewhere on the same surface: joints that do not meet."""
-    from scipy.ndimage import gaussian_filter
-
     size = canvas.size
     height, width = (int(rng.uniform(0.12, 0.3) * size) for _ in range(2))
     row, column, other_row, other_column = (int(rng.random() * (size - extent)) for extent in (height, width) * 2)
@@ -150,8 +139,6 @@ def fines(canvas: Canvas, rng: Generator) -> Gray:
 
 def foreign(canvas: Canvas, rng: Generator) -> Gray:
     """Blades of grass from another photograph, in the light of this one, with a shadow."""
-    from scipy.ndimage import shift
-
     size, photo = canvas.size, photograph("grass")
     row, column = (rng.uniform(130, extent - 130) for extent in photo.shape)
     grass = square(photo, (row, column), 180, rng.uniform(0, np.pi), size)
@@ -169,8 +156,6 @@ def foreign(canvas: Canvas, rng: Generator) -> Gray:
 
 def inactive(canvas: Canvas, rng: Generator) -> Gray:
     """An area cut off from the current: dark, bounded by a busbar or cell edge and by two oblique breaks."""
-    from scipy.ndimage import gaussian_filter
-
     size, band = canvas.size, rng.integers(len(BUSBARS) - 1)
     top, bottom = (size * edge for edge in BUSBARS[band : band + 2])
     rows, columns = np.indices((size, size), dtype=np.float64)

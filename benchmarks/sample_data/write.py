@@ -7,43 +7,30 @@ and solar cells of train and test belong to different modules, because the neigh
 wafers with the same crystal pattern. The defects are generated here, on test images only. A defect is a function of
 ``(canvas, rng)`` that returns the changed image; its mask is computed from what visibly changed.
 
-It is a set to try the tools on, not a benchmark: never compare its figures with those of MVTec AD or VisA.
+It is a set to try the tools on, not a benchmark: never compare its figures with those of MVTec AD or VisA. The solar
+cells are licensed CC BY-NC-SA 4.0, for non-commercial use only.
+
+    python benchmarks/sample_data/write.py datasets/inspection_sample
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from canvases import Canvas, Canvases, Gray, Mask, coin_canvases, solar_canvases, texture_canvases
+from defects import chip, crack, fines, foreign, inactive, misplaced, scratch, shunt, stain, worn
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import ndimage
 
-from anomalib_uniass.data.sample.canvases import (
-    Canvas,
-    Canvases,
-    Gray,
-    Mask,
-    coin_canvases,
-    solar_canvases,
-    texture_canvases,
-)
-from anomalib_uniass.data.sample.defects import (
-    chip,
-    crack,
-    fines,
-    foreign,
-    inactive,
-    misplaced,
-    scratch,
-    shunt,
-    stain,
-    worn,
-)
 from anomalib_uniass.files import replacing
 
 _VERSION = 1
@@ -94,8 +81,6 @@ def _gray_levels(image: Gray) -> NDArray[np.uint8]:
 
 def _visible_change(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> Mask:
     """Where two images differ visibly: small gaps closed, holes filled, specks dropped."""
-    from scipy import ndimage
-
     changed = np.abs(after.astype(np.int16) - before) >= _VISIBLE
     reach = max(1, before.shape[0] // 100)
     closed = ndimage.binary_closing(np.pad(changed, reach), iterations=reach)[reach:-reach, reach:-reach]
@@ -226,3 +211,29 @@ def write_sample_dataset(
         (building / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         if root.exists():
             root.rmdir()
+
+
+def main() -> None:
+    """Write the dataset to the folder that the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # those of the function
+    )
+    parser.add_argument("folder", type=Path, help="a new or an empty folder; this very set is kept if it is there")
+    parser.add_argument("--image-size", type=int, help="width and height of the images in pixels, at least 64")
+    parser.add_argument("--train", type=int, help="good images to train on, per category")
+    parser.add_argument("--good", type=int, help="good test images per category")
+    parser.add_argument("--per-defect", type=int, help="defective test images per category and kind of defect")
+    parser.add_argument("--seed", type=int, help="of the crops, exposures and defects")
+    parameters = vars(parser.parse_args())
+    folder = parameters.pop("folder")
+    try:
+        write_sample_dataset(folder, **parameters)
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(str(error))
+    print(f"{folder} holds {', '.join(SAMPLE_CATEGORIES)}")
+
+
+if __name__ == "__main__":
+    main()
