@@ -29,6 +29,8 @@ from speed_report import ACCELERATED, BFLOAT16, FORMS, PLAIN, TRAINED, Report, R
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from anomalib_uniass.acceleration.dropout import Dropout
+from anomalib_uniass.layers.feature_jitter import FeatureJitter
 from anomalib_uniass.metrics import CategoryMetrics
 from anomalib_uniass.models.reconstruction import GRADIENT_CLIP
 
@@ -167,12 +169,21 @@ def build_variants(
     return predicts, differences
 
 
-def train_step(setup: Setup, form: str) -> Callable[[int], float]:
+def train_step(setup: Setup, form: str, *, noise: bool = True) -> Callable[[int], float]:
     """Return a training step as Lightning runs it (forward, loss, backward, clipping, AdamW); it gives the loss.
 
-    Images, jitter and dropout of step n are the same whatever the form.
+    The images of step n are the same whatever the form. Dropout and jitter draw other numbers in other forms; without
+    `noise` there are none.
     """
     model = unias(setup, ACCELERATED if form == BFLOAT16 else form).train()
+    if not noise:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout | Dropout):
+                module.p = 0.0
+            elif isinstance(module, nn.MultiheadAttention):
+                module.dropout = 0.0
+            elif isinstance(module, FeatureJitter):
+                module.probability = 0.0
     configuration: Any = model.configure_optimizers()
     optimizer = configuration["optimizer"]
 
@@ -192,25 +203,27 @@ def train_step(setup: Setup, form: str) -> Callable[[int], float]:
 
 
 def training(setup: Setup, _: Report) -> Row:
-    """Train all forms side by side: time per image and loss curves from the same start."""
+    """Train all forms side by side for their time, then some for their loss curves from the same start."""
     steps = {name: train_step(setup, name) for name in (*FORMS, BFLOAT16)}
     seconds: dict[str, list[float]] = defaultdict(list)
-    losses: dict[str, list[float]] = defaultdict(list)
-    for number in range(setup.train_steps):
-        if number >= MIN_ROUNDS and setup.late():
+    for number in range(1 + setup.repeats):  # the first step makes the optimizer's state
+        if number > MIN_ROUNDS and setup.late():
             break
         for name, step in steps.items():
-            duration, loss = timed(partial(step, number), setup.device)
-            seconds[name].append(duration)
-            losses[name].append(loss)
+            seconds[name].append(timed(partial(step, number), setup.device)[0])
+    warm = {name: values[1:] for name, values in seconds.items()}
+    del steps
+    losses = {}
+    for name in (PLAIN, ACCELERATED, BFLOAT16):
+        step = train_step(setup, name, noise=False)
+        losses[name] = [step(number) for number in range(setup.train_steps)]
     plain = np.array(losses[PLAIN])
-    warm = {name: values[1:] for name, values in seconds.items()}  # the first step makes the optimizer's state
     return {
         "rows": [{"variant": name, "batch": TRAIN_BATCH, **spread(warm[name], TRAIN_BATCH)} for name in warm],
-        "steps": len(plain),
+        "steps": setup.train_steps,
         "losses": losses,
         "largest_relative_loss_difference": {
-            name: float((np.abs(losses[name] - plain) / plain).max()) for name in losses if name != PLAIN
+            name: float((np.abs(losses[name] - plain) / plain).max()) for name in (ACCELERATED, BFLOAT16)
         },
     }
 

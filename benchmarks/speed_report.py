@@ -168,8 +168,8 @@ def markdown(results: Row) -> str:
         if result is not None and section == "training":
             differences = result["largest_relative_loss_difference"]
             text.append(
-                f"Losses of the first {result['steps']} steps differ from those of `{PLAIN}`, with the same random "
-                "numbers, by at most (relative): "
+                f"Losses of the first {result['steps']} steps, without dropout and jitter, differ from those of "
+                f"`{PLAIN}` by at most (relative): "
                 + ", ".join(f"{difference:.1e} (`{name}`)" for name, difference in differences.items())
                 + "."
             )

@@ -44,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, AUTOLOAD = ROOT / "anomalib_uniass", ROOT / "autoload"
 AUTOLOAD_MODULE = "_anomalib_uniass_autoload"
 BY_NAME = {"getattr", "hasattr", "setattr", "delattr", "get_buffer"}
+BY_METACLASS = {"_abc_impl", "_backward_cls"}
 NAMED_TUPLE = {"_asdict", "_fields", "_make", "_replace"}  # documented by Python
 
 
@@ -253,7 +254,9 @@ def private_overrides(modules: list[ModuleType]) -> Iterator[tuple[str, str]]:
         if is_ours(cls):
             for i, owner in enumerate(cls.__mro__):
                 behind = [base for base in cls.__mro__[i + 1 :] if not is_ours(base)]
-                names = [name for name in vars(owner) if is_ours(owner) and is_private(name) and name != "_abc_impl"]
+                names = [
+                    name for name in vars(owner) if is_ours(owner) and is_private(name) and name not in BY_METACLASS
+                ]
                 yield from ((n, owner.__qualname__) for n in names if any(n in vars(base) for base in behind))
 
 

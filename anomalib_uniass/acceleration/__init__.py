@@ -11,13 +11,15 @@ from functools import partial
 import torch
 from torch import nn
 
-from anomalib_uniass.acceleration.attention import CPUAttentionLayer, CPUFeedForwardLayer
+from anomalib_uniass.acceleration.attention import CPUMultiheadAttention
+from anomalib_uniass.acceleration.dropout import Dropout
 from anomalib_uniass.acceleration.heads import fold_head
 from anomalib_uniass.acceleration.memory import checkpointed_embed
 from anomalib_uniass.acceleration.pixel_decoder import fold_level
-from anomalib_uniass.layers.transformer import AttentionLayer, FeedForwardLayer
+from anomalib_uniass.acceleration.source_embedding import FoldedSourceEmbedding
 from anomalib_uniass.models.unias.heads import ReconstructionHead
 from anomalib_uniass.models.unias.pixel_decoder import FPNLevel
+from anomalib_uniass.models.unias.source_embedding import SourceEmbedding
 from anomalib_uniass.models.unias.torch_model import UniASModel
 
 LARGE_MAP = 2**20
@@ -28,12 +30,12 @@ def _heads(model: UniASModel) -> None:
     _replace(model, {ReconstructionHead: partial(fold_head, grid_size=model.grid_size)})
 
 
-def _pixel_decoder(model: UniASModel) -> None:
-    _replace(model, {FPNLevel: fold_level})
+def _embedding(model: UniASModel) -> None:
+    _replace(model, {FPNLevel: fold_level, SourceEmbedding: FoldedSourceEmbedding})
 
 
-def _attention(model: UniASModel) -> None:
-    _replace(model, {AttentionLayer: CPUAttentionLayer, FeedForwardLayer: CPUFeedForwardLayer})
+def _dropout(model: UniASModel) -> None:
+    _replace(model, {nn.Dropout: lambda plain: Dropout(plain.p), nn.MultiheadAttention: CPUMultiheadAttention})
 
 
 def _layout(model: UniASModel) -> None:
@@ -52,8 +54,8 @@ def _memory(model: UniASModel) -> None:
 REWRITES: dict[str, Callable[[UniASModel], None]] = {
     "layout": _layout,
     "heads": _heads,
-    "pixel_decoder": _pixel_decoder,
-    "attention": _attention,
+    "embedding": _embedding,
+    "dropout": _dropout,
     "memory": _memory,
 }
 

@@ -38,7 +38,8 @@ class Folded(nn.Module):
     def train(self, mode: bool = True) -> "Folded":
         """Switch mode: make the constants for evaluation, drop them for training."""
         super().train(mode)
-        with torch.inference_mode(False), torch.no_grad():
+        # As the parameters are: constants that were made in inference mode could not be used outside.
+        with torch.inference_mode(next(self.parameters()).is_inference()), torch.no_grad():
             constants = [None] * len(self.names) if mode else self.fold()
             for name, constant in zip(self.names, constants, strict=True):
                 setattr(self, name, constant)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from anomalib_uniass.acceleration.constants import runs_on_cpu
 from anomalib_uniass.models.unias.pixel_decoder import FPNPixelDecoder
 from anomalib_uniass.models.unias.source_embedding import SourceEmbedding
 
@@ -36,7 +37,7 @@ def checkpointed_embed(
     """
     *fine, deepest = inputs
     encoded = pixel_decoder.encode(deepest)
-    images = _images_at_a_time(pixel_decoder, fine[0])
+    images = _images_at_a_time(pixel_decoder, fine[0]) if runs_on_cpu(deepest) else len(deepest)
     parts = [
         _embed_part(pixel_decoder, source_embedding, *part)
         for part in zip(*(x.split(images) for x in (encoded, *reversed(fine))), strict=True)

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformer layers, their dropout and linear layers against PyTorch's own."""
+"""Attention and its dropout against PyTorch's own."""
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
-from anomalib_uniass.acceleration.attention import CPUAttentionLayer
+from anomalib_uniass.acceleration.attention import CPUMultiheadAttention
 from anomalib_uniass.acceleration.dropout import Dropout
-from anomalib_uniass.acceleration.linear import MINIMAL_WEIGHTS, linear
 from anomalib_uniass.layers.neighbor_mask import neighbor_mask
-from anomalib_uniass.layers.transformer import AttentionLayer
 
 
 def gradients(output: Tensor, *inputs: Tensor) -> list[Tensor]:
@@ -47,46 +44,29 @@ def test_dropout_follows_the_seed_and_is_nothing_out_of_training() -> None:
             Dropout(p)
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(8, 12), (200, 300)])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_linear_is_the_matrix_product(inputs: int, outputs: int, transposed: bool) -> None:
-    torch.manual_seed(0)
-    assert (inputs * outputs >= MINIMAL_WEIGHTS) == (inputs == 200)  # both forms
-    x = torch.randn(2, inputs, 9).mT if transposed else torch.randn(2, 9, inputs)
-    tensors = [t.requires_grad_() for t in (x, torch.randn(outputs, inputs), torch.randn(outputs))]
-    y, expected = linear(*tensors), F.linear(*tensors)
-    assert y.is_contiguous()
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
-    for ours, reference in zip(gradients(y, *tensors), gradients(expected, *tensors), strict=True):
-        assert (ours - reference).norm() <= 1e-5 * reference.norm()
-
-
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_is_pytorch_s(training: bool, masked: bool) -> None:
     torch.manual_seed(0)
-    layer = CPUAttentionLayer(AttentionLayer(256, heads=4, dropout=0.0)).train(training)
-    nn.init.normal_(layer.attention.in_proj_bias)
-    tokens, query, key, value = (torch.randn(2, 80, 256, requires_grad=True) for _ in range(4))
+    plain = nn.MultiheadAttention(256, 4, batch_first=True)
+    nn.init.normal_(plain.in_proj_bias)
+    attention = CPUMultiheadAttention(plain).train(training)
+    assert attention.state_dict().keys() == plain.state_dict().keys()
+    inputs = [torch.randn(2, 80, 256, requires_grad=True) for _ in range(3)]
     mask = neighbor_mask(8, 10) if masked else None
-    y = layer(tokens, query=query, key=key, value=value, mask=mask)
-    reference = nn.MultiheadAttention(256, 4, batch_first=True)
-    reference.load_state_dict(layer.attention.state_dict())
-    attended, _ = reference(query, key, value, attn_mask=mask, need_weights=False)
-    expected = layer.norm(tokens + attended)
+    y, expected = (module(*inputs, attn_mask=mask, need_weights=False)[0] for module in (attention, plain))
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    inputs = (tokens, query, key, value)
     for ours, theirs in zip(gradients(y, *inputs), gradients(expected, *inputs), strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 def test_attention_weights_are_dropped_in_training() -> None:
     torch.manual_seed(0)
-    layer = CPUAttentionLayer(AttentionLayer(16, heads=2, dropout=0.4))
-    layer.norm = nn.Identity()  # type: ignore[assignment]
+    attention = CPUMultiheadAttention(nn.MultiheadAttention(16, 2, dropout=0.4, batch_first=True))
     tokens = torch.randn(1, 6, 16).expand(4000, -1, -1)
     with torch.no_grad():
-        samples = layer(tokens)
-        expected = layer.eval()(tokens[:1])[0]
+        samples = attention(tokens, tokens, tokens, attn_mask=None, need_weights=False)[0]
+        few = tokens[:1]
+        expected = attention.eval()(few, few, few, attn_mask=None, need_weights=False)[0][0]
     torch.testing.assert_close(samples.mean(0), expected, rtol=0, atol=0.03)  # dropout keeps the mean
     assert samples.std(0).min() > 0.01
