@@ -14,9 +14,14 @@ from torch import nn
 from anomalib_uniass.acceleration.attention import CPUMultiheadAttention
 from anomalib_uniass.acceleration.dropout import Dropout
 from anomalib_uniass.acceleration.heads import fold_head
-from anomalib_uniass.acceleration.memory import checkpointed_embed
+from anomalib_uniass.acceleration.memory import (
+    CheckpointedAttentionLayer,
+    CheckpointedFeedForwardLayer,
+    checkpointed_embed,
+)
 from anomalib_uniass.acceleration.pixel_decoder import fold_level
 from anomalib_uniass.acceleration.source_embedding import FoldedSourceEmbedding
+from anomalib_uniass.layers.transformer import AttentionLayer, FeedForwardLayer
 from anomalib_uniass.models.unias.heads import ReconstructionHead
 from anomalib_uniass.models.unias.pixel_decoder import FPNLevel
 from anomalib_uniass.models.unias.source_embedding import SourceEmbedding
@@ -47,6 +52,7 @@ def _memory(model: UniASModel) -> None:
     scale = 2 ** len(model.pixel_decoder.levels)
     if height * width * scale**2 * model.pixel_decoder.deepest_conv.out_channels < LARGE_MAP:
         return
+    _replace(model, {AttentionLayer: CheckpointedAttentionLayer, FeedForwardLayer: CheckpointedFeedForwardLayer})
     embed = partial(checkpointed_embed, model.pixel_decoder, model.source_embedding)
     model.embed = embed  # type: ignore[method-assign]
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradient checkpointing of the fine memory maps, the largest by far: the backward pass computes them again."""
+"""Gradient checkpointing: the backward pass computes again what is large and cheap, the fine memory maps above all."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from anomalib_uniass.acceleration.constants import runs_on_cpu
+from anomalib_uniass.layers.transformer import AttentionLayer, FeedForwardLayer
 from anomalib_uniass.models.unias.pixel_decoder import FPNPixelDecoder
 from anomalib_uniass.models.unias.source_embedding import SourceEmbedding
 
@@ -17,6 +18,39 @@ PART_BYTES = 2**25
 
 Caches of a CPU do not hold larger maps, and the allocator fetches them from the system anew.
 """
+
+
+class CheckpointedAttentionLayer(AttentionLayer):
+    """An attention layer that keeps query, key and value alone.
+
+    Args:
+        plain: The layer.
+    """
+
+    def __init__(self, plain: AttentionLayer) -> None:
+        nn.Module.__init__(self)
+        self.attention, self.dropout, self.norm = plain.attention, plain.dropout, plain.norm
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the attended values ``(B, N, D)``."""
+        return _recompute(super().attend, query, key, value, mask)
+
+
+class CheckpointedFeedForwardLayer(FeedForwardLayer):
+    """A feed-forward layer that keeps its tokens alone.
+
+    Args:
+        plain: The layer.
+    """
+
+    def __init__(self, plain: FeedForwardLayer) -> None:
+        nn.Module.__init__(self)
+        self.linear1, self.activation, self.linear2 = plain.linear1, plain.activation, plain.linear2
+        self.dropout, self.norm = plain.dropout, plain.norm
+
+    def transform(self, tokens: Tensor) -> Tensor:
+        """Return what is added to the tokens, before its dropout."""
+        return _recompute(super().transform, tokens)
 
 
 def checkpointed_embed(

@@ -40,8 +40,12 @@ class AttentionLayer(nn.Module):
         query = tokens if query is None else query
         key = tokens if key is None else key
         value = tokens if value is None else value
+        return self.norm(tokens + self.dropout(self.attend(query, key, value, mask)))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the attended values ``(B, N, D)``."""
         attended, _ = self.attention(query, key, value, attn_mask=mask, need_weights=False)
-        return self.norm(tokens + self.dropout(attended))
+        return attended
 
 
 class FeedForwardLayer(nn.Module):
@@ -63,8 +67,12 @@ class FeedForwardLayer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Transform and add."""
+        return self.norm(tokens + self.dropout(self.transform(tokens)))
+
+    def transform(self, tokens: Tensor) -> Tensor:
+        """Return what is added to the tokens, before its dropout."""
         hidden = self.activation(self.linear1(tokens))  # (B, N, hidden_dim)
-        return self.norm(tokens + self.dropout(self.linear2(self.dropout(hidden))))
+        return self.linear2(self.dropout(hidden))
 
 
 class EncoderLayer(nn.Module):
