@@ -7,9 +7,6 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml README.md LICENSE $(shell find anomalib_uniass autoload -type f ! -name '*.pyc')
 INSTALLED := $(VENV)/.installed
 
-# In processes of their own: after a thousand tests in one, Python was seen to crash in whichever came next.
-PARTS := tests/data_module tests/metrics tests/models
-
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint venv clean
 
@@ -20,8 +17,7 @@ demo: $(INSTALLED) ## Train, test and export UniAS on images that packages ship,
 	@$(BIN)/python benchmarks/demo.py
 
 test: lint ## Lint, type check and run the fast tests against the installed wheel (what CI runs)
-	@$(BIN)/pytest -m "not slow and not gpu" $(PARTS)
-	@$(BIN)/pytest -m "not slow and not gpu" $(PARTS:%=--ignore=%)
+	@$(BIN)/pytest -m "not slow and not gpu"
 
 test-slow: $(INSTALLED) ## Run the slow tests and those that need a GPU
 	@$(BIN)/pytest -m "slow or gpu"

@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import openvino as ov
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +46,26 @@ def _installed_editable() -> bool:
     except PackageNotFoundError:
         return False
     return direct_url is not None and json.loads(direct_url).get("dir_info", {}).get("editable", False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def keep_cores() -> Iterator[None]:
+    """Let no `openvino.Core` go before the process ends.
+
+    Each brings a stack for signal handlers, where the processor has AMX (seen in 2026.4). Of two that go in the order
+    in which they came the second one restores the stack of the first, which is gone, and the next signal kills the
+    process: the end of a worker of a data loader, for one.
+    """
+    cores = []
+    create = ov.Core.__init__
+
+    def create_and_keep(self: ov.Core, *arguments: Any) -> None:
+        create(self, *arguments)
+        cores.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ov.Core, "__init__", create_and_keep)
+        yield
 
 
 @pytest.fixture

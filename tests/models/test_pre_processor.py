@@ -87,6 +87,7 @@ def test_exported_graph_in_the_precision_that_openvino_takes(
     np.testing.assert_allclose(compiled(x.numpy())[0], TRANSFORM(x.double()), atol=0.04)
 
 
+@pytest.mark.slow  # on CPUs no path that OpenVINO takes by itself; 2026.4 gave zeros in one run of many
 @pytest.mark.skipif("FP16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="no float16")
 @pytest.mark.parametrize("size", [*SIZES, (1500, 2000), (20_000, 8), (8, 20_000)])
 def test_exported_graph_in_float16(exported: Callable[[tuple[int, ...]], Path], size: tuple[int, int]) -> None:
