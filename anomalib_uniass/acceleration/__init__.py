@@ -73,7 +73,8 @@ def accelerate(model: UniASModel, rewrites: Iterable[str] = REWRITES) -> None:
         model: A plain model.
         rewrites: Names of the rewrites.
     """
-    with torch.inference_mode(False):  # tensors that are made there could not be trained with
+    # Where the model was made: tensors that are made in inference mode could not be trained with.
+    with torch.inference_mode(next(model.parameters()).is_inference()):
         for name in rewrites:
             REWRITES[name](model)
 

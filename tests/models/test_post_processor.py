@@ -24,6 +24,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.utils.data import DataLoader
 
 from anomalib_uniass import UniAD, UniAS, Unified
+from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator
 from anomalib_uniass.models.unias.torch_model import Reconstruction
 from anomalib_uniass.thresholds.calibration import (
     image_thresholds,
@@ -299,6 +300,7 @@ class Distances(nn.Module):
         self.layers = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 1, 3, padding=1), nn.LayerNorm(128))
         for parameter in self.parameters():
             nn.init.constant_(parameter, 0.01)
+        self.anomaly_map = AnomalyMapGenerator((128, 128))
 
     def reconstruct(self, x: Tensor) -> Reconstruction:
         return Reconstruction([x], [x])

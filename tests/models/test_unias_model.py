@@ -12,8 +12,9 @@ from anomalib.pre_processing import PreProcessor
 from torch._inductor import config as inductor_config
 from torchvision.transforms.v2 import Resize
 
-from anomalib_uniass import UniAS, Unified, load_official_checkpoint
-from anomalib_uniass.models.unias import official, torch_model
+from anomalib_uniass import UniAS, Unified, acceleration, load_official_checkpoint
+from anomalib_uniass.acceleration import memory
+from anomalib_uniass.models.unias import official
 from anomalib_uniass.models.unias.anomaly_map import image_score
 from anomalib_uniass.models.unias.loss import ReconstructionLoss
 from anomalib_uniass.models.unias.torch_model import UniASModel
@@ -59,9 +60,11 @@ def test_map_and_score_have_the_size_of_the_input(image_size: tuple[int, int], c
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_model_gives_the_same_map(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The eager map is made image by image, with linear layers by convolution and with summands convolved apart."""
-    monkeypatch.setattr(torch_model, "PART_BYTES", 1)
+    """The eager map is made image by image, with summands convolved apart."""
+    monkeypatch.setattr(memory, "PART_BYTES", 1)
+    monkeypatch.setattr(acceleration, "LARGE_MAP", 0)
     model = UniASModel(**{**TINY, "backbone": "tf_efficientnet_lite0", "hidden_dim": 256}).eval()
+    acceleration.accelerate(model)
     image = torch.randn(2, 3, 128, 128)
     expected = model(image)
     model.compile(backend=backend, dynamic=False)
@@ -132,8 +135,8 @@ def test_standardised_model_compares_features_as_they_are(target: str) -> None:
     reconstruction = model.reconstruct(images)
     expected = features if target == "features" else [model.frequency_split.blur(f) for f in features]
     torch.testing.assert_close(reconstruction.targets[::-1], list(expected), rtol=1e-4, atol=1e-5)
-    for deviation, feature in zip(reconstruction.deviations[::-1], features, strict=True):
-        torch.testing.assert_close(deviation.flatten(), feature.std(dim=(0, 2, 3), correction=0))
+    for std, feature in zip(reconstruction.stds[::-1], features, strict=True):
+        torch.testing.assert_close(std.flatten(), feature.std(dim=(0, 2, 3), correction=0))
 
 
 def test_images_of_another_size_are_refused() -> None:
