@@ -126,10 +126,9 @@ def test_statistics_learn_from_the_images_of_all_processes(trained: tuple[Result
     taken = model.model.anomaly_map.whitening
     assert taken is not None and taken.fitted
     data = distributed_run.unified(root, folder)
-    data.train_augmentations = model.pre_processor.transform
     data.setup()
     assert len(data.train_data) == 11
-    images = [data.train_data[i].image[None] for i in range(11)]
+    images = [model.pre_processor.transform(data.train_data[i].image[None]) for i in range(11)]
     anew = ResidualWhitening(model.model.backbone.channels[::-1], prototypes=2)
     with torch.no_grad():
         reconstructions = [model.model.reconstruct(image)[:2] for image in images]
