@@ -4,7 +4,7 @@
 Importing the package registers its models and datamodules with anomalib; nothing else happens at import.
 """
 
-from anomalib_uniass.data import InspectionSample, MVTec, Unified, VisA
+from anomalib_uniass.data import MVTec, Unified, VisA
 from anomalib_uniass.models.patchcore.lightning_model import BoundedPatchcore
 from anomalib_uniass.models.uniad.lightning_model import UniAD
 from anomalib_uniass.models.unias.lightning_model import UniAS
@@ -13,7 +13,6 @@ from anomalib_uniass.registration import register
 
 __all__ = [
     "BoundedPatchcore",
-    "InspectionSample",
     "MVTec",
     "UniAD",
     "UniAS",

@@ -18,7 +18,7 @@ from types import ModuleType
 PLUGIN = "anomalib_uniass"
 MODELS = ("UniAS", "UniAD", "BoundedPatchcore")
 # Kept equal to _anomalib_uniass_autoload.DATAMODULES by a test.
-DATAMODULES = ("MVTec", "VisA", "Unified", "InspectionSample")
+DATAMODULES = ("MVTec", "VisA", "Unified")
 
 
 def register() -> None:

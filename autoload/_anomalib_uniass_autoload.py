@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 # Kept equal to anomalib_uniass.registration.DATAMODULES by a test; that module is too heavy to import here.
-DATAMODULES = ("MVTec", "VisA", "Unified", "InspectionSample")
+DATAMODULES = ("MVTec", "VisA", "Unified")
 
 _plugin_failed = False
 

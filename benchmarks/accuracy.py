@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass import UniAS, Unified
-from anomalib_uniass.components.gaussian_blur import GaussianBlur2d
+from anomalib_uniass.layers.gaussian_blur import GaussianBlur2d
 from anomalib_uniass.metrics import CategoryMetrics, CategoryMetricsCallback
 from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, image_score
 
@@ -310,7 +310,7 @@ def map_variants(generator: AnomalyMapGenerator) -> dict[str, Callable[[Any, Any
     """Return ways to make map and score of reconstructions and targets."""
     identities = torch.nn.ModuleList(torch.nn.Identity() for _ in generator.blurs)
     unblurred, paper = deepcopy(generator), deepcopy(generator)
-    unblurred.blurs, paper.statistics = identities, None
+    unblurred.blurs, paper.whitening = identities, None
     smooth = GaussianBlur2d(sigma=4.0, kernel_size=33)
 
     def variant(
@@ -364,22 +364,17 @@ def model_runs(seeds: Iterable[int], epochs: int | None) -> list[Run]:
 
 
 def ablation_runs(epochs: int) -> list[Run]:
-    """Return trainings that differ in one thing from the first, which compares levels 4 and 3 as the paper does."""
+    """Return trainings that differ in one thing from the first, the configured one."""
     config = yaml.safe_load(CONFIG.read_text())["model"]["init_args"]
-    base = config | {"visualizer": False, "seed": 0, "finest_level": 3, "prototypes": 0}
+    base = config | {"visualizer": False, "seed": 0}
     changes: dict[str, dict[str, Any]] = {
         "base": {},
+        "no prototypes": {"prototypes": 0},
         "prototype 1": {"prototypes": 1},
-        "prototypes 16": {"prototypes": 16},
-        "prototypes 16 and finest level 1": {"prototypes": 16, "finest_level": 1},
         "target of the paper": {"target": "low_frequencies"},
-        "finest level 2": {"finest_level": 2},
-        "finest level 1": {"finest_level": 1},
-        "target and levels of the paper": {"target": "low_frequencies", "finest_level": 1},
+        "target and map of the paper": {"target": "low_frequencies", "prototypes": 0},
         "raw features": {"standardize_features": False},
         "no channel branch": {"channel_branch": False},
-        "no cosine term": {"cosine_weight": 0.0},
-        "cosine weight 5": {"cosine_weight": 5.0},
         "jitter 5": {"jitter_scale": 5.0},
         "no jitter": {"jitter_scale": 0.0},
         "width 128": {"hidden_dim": 128, "feedforward_dim": 512},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo of `make demo`: train, test, export and predict through the stock anomalib command, then compare.
+"""The demo of `make demo`: write images; train, test, export and predict through the stock anomalib command; compare.
 
 Runs each command in the current folder and says it first, so that it can be repeated by hand. Timings and figures go to
 ``results/demo.json``, a sheet with a prediction of each category to ``results/demo.png``.
@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+WRITER = Path(__file__).parent / "sample_data" / "write.py"
 RESULTS = Path("results")
 BANK = {"max_patches": 20_000, "coreset_size": 1_000}
 # Picked by hand; the photographs are in the public domain, the solar cells are not.
@@ -34,27 +35,32 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=CONFIG, help="configuration of model, data and trainer")
     config_path = parser.parse_args().config.resolve()
     config = yaml.safe_load(config_path.read_text())
+    root = Path(config["data"]["init_args"]["root"])
     start = time.monotonic()
 
-    heading(1, "Train UniAS on all categories, test it, write the table and the pictures")
+    heading(1, "Write the sample dataset: photographs and solar cells from pip packages, with generated defects")
+    command(sys.executable, str(WRITER), str(root))
+    written = time.monotonic()
+
+    heading(2, "Train UniAS on all categories, test it, write the table and the pictures")
     anomalib("train", "--config", str(config_path))
     run = max((RESULTS / "UniAS").glob("*/v*"), key=lambda folder: folder.stat().st_mtime)
     checkpoint = run / "weights" / "lightning" / "model.ckpt"
-    trained = time.monotonic() - start
+    trained = time.monotonic() - written
 
-    heading(2, "Export to OpenVINO")
+    heading(3, "Export to OpenVINO")
     anomalib(
         "export", "--model", "UniAS", "--model.pre_trained", "false", "--export_type", "openvino",
         "--ckpt_path", str(checkpoint), "--export_root", str(run),
     )  # fmt: skip
     exported = run / "weights" / "openvino" / "model.xml"
 
-    heading(3, "Predict one image with anomalib's OpenVINOInferencer")
-    image = next(Path(config["data"]["init_args"]["root"]).glob("solar_mono/test/inactive/*.png"))
+    heading(4, "Predict one image with anomalib's OpenVINOInferencer")
+    image = next(root.glob("solar_mono/test/inactive/*.png"))
     score = predict(exported, image)
     print(f"{image}: score {score:.3f} in [0, 1], threshold 0.5")
 
-    heading(4, "Compare with the untrained model and with a memory bank (Patchcore) on the same backbone")
+    heading(5, "Compare with the untrained model and with a memory bank (Patchcore) on the same backbone")
     table = json.loads((run / "metrics" / "per_category.json").read_text())
     rows = {
         "UniAS, untrained": untrained_pixel_ap(config),
@@ -71,7 +77,7 @@ def main() -> None:
     }
     (RESULTS / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
 
-    heading(5, "Results")
+    heading(6, "Results")
     for name, value in report["pixel_ap_percent"].items():
         print(f"  {name:<20} mean pixel AP {value:6.2f} %")
     print(f"\n  Table      {run}/metrics/per_category.csv (and .json)")
@@ -87,12 +93,17 @@ def heading(number: int, text: str) -> None:
 
 
 def anomalib(*arguments: str) -> None:
-    """Run the stock console script that stands beside this Python, saying so."""
+    """Run the stock console script that stands beside this Python."""
     script = shutil.which("anomalib", path=str(Path(sys.executable).parent))
     if script is None:
         sys.exit(f"No anomalib command beside {sys.executable}: run `make demo`, or install anomalib.")
-    print("$ anomalib", *arguments, flush=True)
-    subprocess.run([script, *arguments], check=True)
+    command(script, *arguments)
+
+
+def command(program: str, *arguments: str) -> None:
+    """Say a command and run it."""
+    print("$", Path(program).name, *arguments, flush=True)
+    subprocess.run([program, *arguments], check=True)
 
 
 def predict(model: Path, image: Path) -> float:
@@ -122,9 +133,9 @@ def pixel_ap(model: Any, config: dict[str, Any], *, fit: bool) -> float:
     """Test a model on the demo's data and return its mean pixel AP, in [0, 1]."""
     from anomalib.engine import Engine
 
-    from anomalib_uniass import InspectionSample
+    from anomalib_uniass import Unified
 
-    datamodule = InspectionSample(**config["data"]["init_args"])
+    datamodule = Unified(**config["data"]["init_args"])
     engine = Engine(default_root_dir=RESULTS / "demo_baselines", accelerator="cpu")
     if fit:
         engine.fit(model, datamodule=datamodule)

@@ -25,16 +25,16 @@ from typing import Any
 import numpy as np
 import torch
 from speed_models import Predict, Setup, predictor, unias, variants
-from speed_report import BFLOAT16, FOLDED, PLAIN, UNFOLDED, Report, Row, machine
+from speed_report import ACCELERATED, BFLOAT16, FORMS, PLAIN, TRAINED, Report, Row, machine
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from anomalib_uniass.components.recomputation import recomputation
+from anomalib_uniass.acceleration.dropout import Dropout
+from anomalib_uniass.layers.feature_jitter import FeatureJitter
 from anomalib_uniass.metrics import CategoryMetrics
 from anomalib_uniass.models.reconstruction import GRADIENT_CLIP
 
 BATCHES = (1, 8)
-FORMS = (PLAIN, UNFOLDED, FOLDED)
 TRAIN_BATCH = 8
 MEMORY_STEPS = 3  # the first one makes the optimizer's state
 WARM_UP, MIN_ROUNDS = 2, 3
@@ -71,6 +71,7 @@ def configure() -> tuple[Setup, Report, list[str]]:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--quick", action="store_true", help="a tiny UniAS alone, to try the benchmark out")
     parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes on a CPU")
+    parser.add_argument("--trained", type=Path, nargs=2, metavar=("CHECKPOINT", "DATA"), help="to time INT8 of")
     parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="MINUTES")
     args = parser.parse_args()
     setup = Setup(
@@ -79,11 +80,12 @@ def configure() -> tuple[Setup, Report, list[str]]:
         repeats=args.repeats,
         sizes=tuple(args.sizes),
         use_compile=args.compile,
+        trained=args.trained and tuple(args.trained),
         deadline=time.monotonic() + 60 * args.time_limit,
     )
     if args.quick:
         setup = replace(setup, backbone="resnet18", hidden_dim=64, feedforward_dim=32, image_size=128, sizes=(128,))
-        setup = replace(setup, repeats=min(args.repeats, 2), train_steps=3, calibration_images=2, others=False)
+        setup = replace(setup, repeats=min(args.repeats, 2), train_steps=3, others=False)
     path = args.output / ("speed" if args.device == "cpu" else "speed_cuda")
     report = Report.load(path) if args.sections else Report(path, {"skipped": {}})
     return setup, report, args.sections or list(SECTIONS)
@@ -139,7 +141,8 @@ def inference(setup: Setup, report: Report) -> list[Row]:
             seconds = interleave(calls, setup)
             for name, values in seconds.items():
                 row = {"variant": name, "batch": batch, **spread(values, batch)}
-                row["speedup"] = round(float(np.median(seconds[PLAIN]) / np.median(values)), 3)
+                base = seconds[TRAINED if name.startswith("trained") else PLAIN]
+                row["speedup"] = round(float(np.median(base) / np.median(values)), 3)
                 rows.append({**row, "map_difference": differences.get(name)})  # None where no map compares
             report.add("inference", rows)
     return rows
@@ -166,12 +169,21 @@ def build_variants(
     return predicts, differences
 
 
-def train_step(setup: Setup, form: str) -> Callable[[int], float]:
+def train_step(setup: Setup, form: str, *, noise: bool = True) -> Callable[[int], float]:
     """Return a training step as Lightning runs it (forward, loss, backward, clipping, AdamW); it gives the loss.
 
-    The images of step n are the same whatever the form; jitter and dropout are, except in the plain form.
+    The images of step n are the same whatever the form. Dropout and jitter draw other numbers in other forms; without
+    `noise` there are none.
     """
-    model = unias(setup, form).train()
+    model = unias(setup, ACCELERATED if form == BFLOAT16 else form).train()
+    if not noise:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout | Dropout):
+                module.p = 0.0
+            elif isinstance(module, nn.MultiheadAttention):
+                module.dropout = 0.0
+            elif isinstance(module, FeatureJitter):
+                module.probability = 0.0
     configuration: Any = model.configure_optimizers()
     optimizer = configuration["optimizer"]
 
@@ -179,7 +191,7 @@ def train_step(setup: Setup, form: str) -> Callable[[int], float]:
         torch.manual_seed(number)
         image = torch.randn(TRAIN_BATCH, 3, setup.image_size, setup.image_size, device=setup.device)
         autocast = torch.autocast(setup.device.type, torch.bfloat16, enabled=form == BFLOAT16)
-        with recomputation(form in (FOLDED, BFLOAT16)), autocast:
+        with autocast:
             loss = model.loss(*model.model.reconstruct(image))
         optimizer.zero_grad()
         loss.backward()
@@ -191,25 +203,27 @@ def train_step(setup: Setup, form: str) -> Callable[[int], float]:
 
 
 def training(setup: Setup, _: Report) -> Row:
-    """Train all forms side by side: time per image and loss curves from the same start."""
+    """Train all forms side by side for their time, then some for their loss curves from the same start."""
     steps = {name: train_step(setup, name) for name in (*FORMS, BFLOAT16)}
     seconds: dict[str, list[float]] = defaultdict(list)
-    losses: dict[str, list[float]] = defaultdict(list)
-    for number in range(setup.train_steps):
-        if number >= MIN_ROUNDS and setup.late():
+    for number in range(1 + setup.repeats):  # the first step makes the optimizer's state
+        if number > MIN_ROUNDS and setup.late():
             break
         for name, step in steps.items():
-            duration, loss = timed(partial(step, number), setup.device)
-            seconds[name].append(duration)
-            losses[name].append(loss)
-    unfolded = np.array(losses[UNFOLDED])
-    warm = {name: values[1:] for name, values in seconds.items()}  # the first step makes the optimizer's state
+            seconds[name].append(timed(partial(step, number), setup.device)[0])
+    warm = {name: values[1:] for name, values in seconds.items()}
+    del steps
+    losses = {}
+    for name in (PLAIN, ACCELERATED, BFLOAT16):
+        step = train_step(setup, name, noise=False)
+        losses[name] = [step(number) for number in range(setup.train_steps)]
+    plain = np.array(losses[PLAIN])
     return {
         "rows": [{"variant": name, "batch": TRAIN_BATCH, **spread(warm[name], TRAIN_BATCH)} for name in warm],
-        "steps": len(unfolded),
+        "steps": setup.train_steps,
         "losses": losses,
         "largest_relative_loss_difference": {
-            name: float((np.abs(losses[name] - unfolded) / unfolded).max()) for name in (FOLDED, BFLOAT16)
+            name: float((np.abs(losses[name] - plain) / plain).max()) for name in (ACCELERATED, BFLOAT16)
         },
     }
 
@@ -251,7 +265,7 @@ def image_sizes(setup: Setup, report: Report) -> list[Row]:
     """Time the forms of UniAS over the image size, batch 1."""
     rows: list[Row] = []
     for size in setup.sizes:
-        models = {name: unias(setup, name, size=size) for name in FORMS}
+        models = {name: unias(setup, name, size=size) for name in (PLAIN, ACCELERATED)}
         calls = {name: partial(predictor(model), setup.images(1, size)) for name, model in models.items()}
         rows += [{"variant": name, "size": size, **spread(s, 1)} for name, s in interleave(calls, setup).items()]
         report.add("image_size", rows)
@@ -268,7 +282,7 @@ def operations(setup: Setup, _: Report) -> Row:
     gflops = {name: round(float(work[name] / np.median(values) / 1e9), 1) for name, values in seconds.items()}
     image = setup.images(1)
     rows: list[Row] = []
-    for name in (PLAIN, FOLDED):
+    for name in (PLAIN, ACCELERATED):
         network = unias(setup, name).model
         milliseconds = part_times(network, image, setup)
         with FlopCounterMode(display=False) as counter:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``speed.py`` times: UniAS in all its forms, and other models for comparison. All weights are random."""
+"""What ``speed.py`` times: UniAS in all its forms, and other models. All weights but INT8's are random."""
 
 import time
 from collections.abc import Callable
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from anomalib.deploy import CompressionType, ExportType
+from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
-from speed_report import BFLOAT16, FOLDED, PLAIN, SUMMARY, UNFOLDED
+from speed_report import ACCELERATED, BFLOAT16, FORMS, SUMMARY, TRAINED
 from torch import Tensor, nn
 
-from anomalib_uniass import UniAD, UniAS
-from anomalib_uniass.components.feature_jitter import FeatureJitter
-from anomalib_uniass.components.transformer import AttentionLayer, FeedForwardLayer
+from anomalib_uniass import UniAD, UniAS, Unified
+from anomalib_uniass.acceleration import accelerate
 
 Predict = Callable[[Tensor], Tensor]
 """RGB images (B, 3, H, W) in [0, 1] -> raw anomaly maps (B, 1, H, W)."""
@@ -40,7 +41,7 @@ class Setup:
         feedforward_dim: Width of its feed-forward layers.
         image_size: Height and width of the images.
         train_steps: Training steps to compare.
-        calibration_images: Random images that INT8 is calibrated on.
+        trained: Checkpoint and dataset (MVTec AD layout) whose INT8 is timed; None leaves INT8 out.
     """
 
     device: torch.device
@@ -55,7 +56,7 @@ class Setup:
     feedforward_dim: int = 2048
     image_size: int = 224
     train_steps: int = 20
-    calibration_images: int = 8
+    trained: tuple[Path, Path] | None = None
 
     def late(self) -> bool:
         """Tell whether the deadline has passed."""
@@ -67,49 +68,23 @@ class Setup:
         return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)).to(self.device)
 
 
-def unias(setup: Setup, form: str = FOLDED, *, size: int | None = None) -> UniAS:
-    """Build UniAS in one of the three float32 forms of ``speed_report.FORMS_MEAN``, always with the same weights."""
+def unias(setup: Setup, form: str = ACCELERATED, *, size: int | None = None) -> UniAS:
+    """Build UniAS in one of the float32 forms of `FORMS`, always with the same weights."""
     model = UniAS(
         setup.backbone,
         pre_trained=False,
         image_size=(size or setup.image_size,) * 2,
         hidden_dim=setup.hidden_dim,
         feedforward_dim=setup.feedforward_dim,
+        accelerate=False,
         seed=0,
         post_processor=False,
         evaluator=False,
         visualizer=False,
     )
     nn.init.constant_(model.model.norm.bias, 1e-3)  # an initial one is refused by the export, for want of training
-    if form in (PLAIN, UNFOLDED):
-        for part in (*model.model.heads, model.model.source_embedding):
-            part.forward = part.plain  # type: ignore[assignment]
-        model.model.pixel_decoder.folded = lambda _: {}  # type: ignore[method-assign]
-        model.model.backbone.folds_ahead = False
-    if form == PLAIN:
-        use_pytorch_layers(model.model)
+    accelerate(model.model, FORMS[form])
     return model.to(setup.device).eval()
-
-
-def use_pytorch_layers(model: nn.Module) -> None:
-    """Give a model PyTorch's own layers and layout."""
-    model.to(memory_format=torch.contiguous_format)
-    model.backbone.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous())  # type: ignore[operator, union-attr]
-    for module in model.modules():
-        if isinstance(module, AttentionLayer):
-            module._attend = partial(attend, module.attention)  # type: ignore[method-assign]
-            module.dropout = nn.Dropout(module.dropout.p)  # type: ignore[assignment]
-        elif isinstance(module, FeedForwardLayer):
-            module.dropout = nn.Dropout(module.dropout.p)  # type: ignore[assignment]
-            layers = (module.linear1, module.activation, module.dropout, module.linear2)
-            module._transform = nn.Sequential(*layers)  # type: ignore[assignment]
-        elif isinstance(module, FeatureJitter):
-            module.noise = torch.randn_like  # type: ignore[method-assign]
-
-
-def attend(attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Return attended values ``(B, N, D)``."""
-    return attention(query, key, value, attn_mask=mask, need_weights=False)[0]
 
 
 def predictor(model: AnomalibModule, autocast: torch.dtype | None = None) -> Predict:
@@ -123,6 +98,11 @@ def predictor(model: AnomalibModule, autocast: torch.dtype | None = None) -> Pre
     return predict
 
 
+def of_form(setup: Setup, form: str) -> Predict:
+    """Return inference with UniAS in one of its forms."""
+    return predictor(unias(setup, form))
+
+
 def compiled(setup: Setup) -> Predict:
     """Return inference with the compiled model, compiled anew for every batch size."""
     if not setup.use_compile:
@@ -133,24 +113,54 @@ def compiled(setup: Setup) -> Predict:
     return predictor(model)
 
 
-def openvino(setup: Setup, folder: Path, precision: str, *, int8: bool = False, fixed: bool = False) -> Predict:
+def openvino(setup: Setup, folder: Path, precision: str, *, fixed: bool = False) -> Predict:
     """Return inference with the model as anomalib exports it by default, for any batch and image size.
 
     With `fixed` it is compiled for the shape of the images instead, anew for every batch size.
-    INT8 is calibrated on random images: good for the time alone.
+    """
+    path = folder / "weights" / "openvino" / "model.xml"
+    if not path.exists():
+        unias(setup).to_openvino(folder)
+    return runtime(setup, path, precision, fixed=fixed)
+
+
+def trained(setup: Setup) -> UniAS:
+    """Load the plain form of the trained model.
+
+    Raises:
+        RuntimeError: If there is none.
+    """
+    if setup.trained is None:
+        msg = "needs a trained model: --trained CHECKPOINT DATA"
+        raise RuntimeError(msg)
+    checkpoint, _ = setup.trained
+    model = UniAS.load_from_checkpoint(checkpoint, accelerate=False, evaluator=False, visualizer=False)
+    return model.to(setup.device).eval()
+
+
+def trained_int8(setup: Setup, folder: Path) -> Predict:
+    """Return inference with the INT8 export of the trained model, calibrated on its training images."""
+    model = trained(setup)
+    data = Unified(root=setup.trained[1], train_batch_size=8, eval_batch_size=1, num_workers=0)  # type: ignore[index]
+    Engine(default_root_dir=folder).export(
+        model, ExportType.OPENVINO, export_root=folder, compression_type=CompressionType.INT8_PTQ, datamodule=data
+    )
+    return runtime(setup, folder / "weights" / "openvino" / "model.xml", "f32")
+
+
+def runtime(setup: Setup, path: Path, precision: str, *, fixed: bool = False) -> Predict:
+    """Return inference with an exported model by OpenVINO.
+
+    Raises:
+        RuntimeError: If PyTorch's models run on a GPU.
     """
     import openvino as ov
 
     if setup.device.type != "cpu":
         msg = "runs on the CPU, PyTorch here does not: no ratio"
         raise RuntimeError(msg)
-    path = folder / "weights" / "openvino" / "model.xml"
-    if not path.exists():
-        unias(setup).to_openvino(folder)
     core = ov.Core()
     graph = core.read_model(path)
-    if int8:
-        graph = UniAS.quantize(graph, [setup.images(1).numpy()] * setup.calibration_images)
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": setup.threads}
 
     @cache
@@ -212,15 +222,14 @@ def variants(setup: Setup, folder: Path) -> dict[str, tuple[Callable[[], Predict
     """Return how to build each variant, and its image size; the export goes to `folder`."""
     float32 = SUMMARY["openvino_f32"]
     ours: dict[str, Callable[[], Predict]] = {
-        PLAIN: lambda: predictor(unias(setup, PLAIN)),
-        UNFOLDED: lambda: predictor(unias(setup, UNFOLDED)),
-        FOLDED: lambda: predictor(unias(setup)),
+        **{form: partial(of_form, setup, form) for form in FORMS},
         BFLOAT16: lambda: predictor(unias(setup), torch.bfloat16),
-        "UniAS folded, torch.compile": partial(compiled, setup),
+        "UniAS accelerated, torch.compile": partial(compiled, setup),
         float32: partial(openvino, setup, folder, "f32"),
         f"{float32}, fixed shape": partial(openvino, setup, folder, "f32", fixed=True),
         SUMMARY["openvino_bf16"]: partial(openvino, setup, folder, "bf16"),
-        SUMMARY["openvino_int8"]: partial(openvino, setup, folder, "f32", int8=True),
+        TRAINED: lambda: predictor(trained(setup)),
+        SUMMARY["openvino_int8"]: partial(trained_int8, setup, folder / "int8"),
     }
     result = {name: (build, setup.image_size) for name, build in ours.items()}
     if setup.others:

@@ -15,22 +15,30 @@ from typing import Any
 
 import torch
 
+from anomalib_uniass.acceleration import REWRITES
+
 Row = dict[str, Any]
 
-PLAIN, UNFOLDED, FOLDED = "UniAS plain, float32", "UniAS unfolded, float32", "UniAS folded, float32"
+PLAIN, ACCELERATED = "UniAS plain, float32", "UniAS accelerated, float32"
+FORMS: dict[str, tuple[str, ...]] = {
+    PLAIN: (),
+    **{f"UniAS with {name} alone, float32": (name,) for name in REWRITES},
+    ACCELERATED: tuple(REWRITES),
+}
+"""The forms of UniAS, and the rewrites that make each."""
+
 FORMS_MEAN = (
-    f"`{PLAIN}` is the model as the paper writes it, in PyTorch's own layers and layout: heads and source embedding "
-    "as separate convolutions, those of the pixel decoder on the sum of upsampled and lateral map, "
-    "`nn.MultiheadAttention`, `nn.Linear`, `nn.Dropout`, contiguous (NCHW) maps, every activation kept for the "
-    f"backward pass. `{FOLDED}` is the model as the package runs it. `{UNFOLDED}` lies between: the package without "
-    "folded weights and without activations that are computed again."
+    f"`{PLAIN}` is the model as the paper writes it, in PyTorch's own layers and layout, every activation kept for the "
+    f"backward pass. `{ACCELERATED}` is the model as the package runs it, by all rewrites of `acceleration/`: "
+    f"{', '.join(REWRITES)}. In between lies each rewrite alone, on the plain model."
 )
-BFLOAT16 = "UniAS folded, bfloat16 autocast"
+BFLOAT16 = "UniAS accelerated, bfloat16 autocast"
+TRAINED = "trained UniAS plain, float32"
 SUMMARY = {
-    "torch_folded": FOLDED,
-    "openvino_f32": "UniAS folded, OpenVINO float32",
-    "openvino_bf16": "UniAS folded, OpenVINO bfloat16",
-    "openvino_int8": "UniAS folded, OpenVINO INT8",
+    "torch_folded": ACCELERATED,
+    "openvino_f32": "UniAS accelerated, OpenVINO float32",
+    "openvino_bf16": "UniAS accelerated, OpenVINO bfloat16",
+    "openvino_int8": "trained UniAS, OpenVINO INT8",
 }
 """Key of each ratio of inference, and its variant."""
 
@@ -38,8 +46,8 @@ FAST_CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "
 PACKAGES = ("anomalib", "torch", "timm", "openvino", "nncf")
 TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "inference": (
-        "Inference (`speedup`: plain PyTorch float32 over the variant; `map_difference`: largest, over the plain "
-        "map's largest value; INT8 is calibrated on random images, for its time alone)",
+        "Inference (`speedup`: plain PyTorch float32 over the variant, of the same weights; `map_difference`: largest, "
+        "over the plain map's largest value; INT8 is the export of a trained model, calibrated on its training images)",
         ("variant", "batch", "ms_per_image", "iqr_ms", "rounds", "speedup", "map_difference"),
     ),
     "training": (
@@ -129,16 +137,16 @@ def without_folders(text: str) -> str:
 
 
 def summary(results: Row) -> dict[str, float | None]:
-    """Return the ratios, plain PyTorch float32 over the variant, and memory folded over plain; None: not measured."""
+    """Return the ratios: plain PyTorch float32 over the variant, memory over the plain one; None: not measured."""
     speedup = {row["variant"]: row["speedup"] for row in results.get("inference", []) if row["batch"] == 1}
     ratios: dict[str, float | None] = {key: speedup.get(variant) for key, variant in SUMMARY.items()}
     ratios |= {"train_step_folded": None, "train_memory": None}
     if "training" in results:
         milliseconds = {row["variant"]: row["ms_per_image"] for row in results["training"]["rows"]}
-        ratios["train_step_folded"] = round(milliseconds[PLAIN] / milliseconds[FOLDED], 3)
+        ratios["train_step_folded"] = round(milliseconds[PLAIN] / milliseconds[ACCELERATED], 3)
     if "train_memory" in results:
         need = {row["variant"]: row["need_mib"] for row in results["train_memory"]}
-        ratios["train_memory"] = round(need[FOLDED] / need[PLAIN], 3)
+        ratios["train_memory"] = round(need[ACCELERATED] / need[PLAIN], 3)
     return ratios
 
 
@@ -160,8 +168,8 @@ def markdown(results: Row) -> str:
         if result is not None and section == "training":
             differences = result["largest_relative_loss_difference"]
             text.append(
-                f"Losses of the first {result['steps']} steps differ from those of `{UNFOLDED}`, with the same random "
-                "numbers, by at most (relative): "
+                f"Losses of the first {result['steps']} steps, without dropout and jitter, differ from those of "
+                f"`{PLAIN}` by at most (relative): "
                 + ", ".join(f"{difference:.1e} (`{name}`)" for name, difference in differences.items())
                 + "."
             )
@@ -200,7 +208,7 @@ def bounds(result: Row) -> str:
         f"What bounds the rest: in float32 a product of 1024 x 1024 matrices runs at {result['gflops']['matmul']:.0f} "
         f"GFLOP/s here, a 3x3 convolution of 256 channels at {result['gflops']['conv']:.0f}. The higher rate counts:"
     ]
-    for variant in (PLAIN, FOLDED):
+    for variant in (PLAIN, ACCELERATED):
         parts = [row for row in result["rows"] if row["variant"] == variant]
         total = next(row for row in parts if row["part"] == "all")
         ideal = 1000 * total["gflop"] / rate
@@ -213,7 +221,7 @@ def bounds(result: Row) -> str:
         f"{row['part']} ({row['ms']:.1f} ms, at {100 * 1000 * row['gflop'] / rate / row['ms']:.0f} % of the rate)"
         for row in slowest
     )
-    text.append(f"most of the folded form's time goes to {', '.join(shares)}.")
+    text.append(f"most of the accelerated form's time goes to {', '.join(shares)}.")
     text.append(
         "What runs far below the rate is bound by something else than arithmetic: memory traffic, or the overhead of "
         "many small operators."

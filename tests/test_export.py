@@ -26,8 +26,8 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 
 from anomalib_uniass import UniAD, UniAS, Unified
-from anomalib_uniass.models import export as exporting
-from anomalib_uniass.models.unias.quantization import float_operations
+from anomalib_uniass.deploy import export as exporting
+from anomalib_uniass.deploy.quantization import float_operations
 
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 OUTPUTS = ("anomaly_map", "pred_score", "pred_label", "pred_mask")
@@ -230,14 +230,14 @@ def test_defects_are_found_in_large_images_in_the_precision_that_openvino_takes(
     assert min(aps.values()) > aps["float32", 256] - 0.03, aps
 
 
-@pytest.mark.parametrize(("backbone", "finest_level"), [("tf_efficientnet_lite0", 1), ("resnet18", 3)])
+@pytest.mark.parametrize(("backbone", "accelerate"), [("tf_efficientnet_lite0", True), ("resnet18", False)])
 def test_options_that_are_not_the_papers_are_exported(
-    folder: Path, tmp_path: Path, backbone: str, finest_level: int
+    folder: Path, tmp_path: Path, backbone: str, accelerate: bool
 ) -> None:
-    """Standardised features and statistics of errors, behind folded heads and without."""
+    """Standardised features and statistics of errors, behind folded heads and plain ones."""
     model = UniAS(
         backbone=backbone, pre_trained=False, image_size=(128, 128), hidden_dim=32, feedforward_dim=32,
-        standardize_features=True, target="features", finest_level=finest_level, prototypes=2, seed=0,
+        standardize_features=True, target="features", prototypes=2, accelerate=accelerate, seed=0,
     )  # fmt: skip
     run = engine(tmp_path, max_epochs=1)
     run.fit(model, datamodule=photos(folder))
@@ -250,7 +250,7 @@ def test_options_that_are_not_the_papers_are_exported(
         for name in OUTPUTS[:2]:
             expected = getattr(batch, name).numpy()
             np.testing.assert_allclose(exported(image)[name].reshape(expected.shape), expected, atol=1e-4, rtol=0)
-    if finest_level == 3:  # the standardisation is folded into the weights of all heads
+    if not accelerate:  # the standardisation is folded into the weights of all heads
         check_float_operations(ov.Core().read_model(path))
 
 
@@ -329,7 +329,7 @@ def test_int8_keeps_maps_and_scores(folder: Path, tmp_path: Path) -> None:
     """Calibrated on images of two sizes; the smallest model there is, for the time is NNCF's and goes by operations."""
     model = UniAS(
         backbone="resnet18", pre_trained=False, image_size=(128, 32), hidden_dim=32, feedforward_dim=32,
-        channel_branch=False, finest_level=3, seed=0, visualizer=False,
+        channel_branch=False, seed=0, visualizer=False,
     ).eval()  # fmt: skip
     torch.nn.init.uniform_(model.model.norm.weight, 0.5, 1.5)  # an untrained one is not exported
     path = model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ, datamodule=photos(folder))

@@ -13,13 +13,13 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
-from anomalib_uniass.data.sample.writer import write_sample_dataset
+from anomalib_uniass.deploy.export import write_thresholds
 from anomalib_uniass.files import replace_text, replacing
 from anomalib_uniass.metrics import ComparisonCallback, write_comparison, write_table
 from anomalib_uniass.metrics.category_metrics import COUNTS
 from anomalib_uniass.metrics.functional import METRICS
-from anomalib_uniass.models.export import write_thresholds
+from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
+from tests.helpers.sample_data import write_small_sample
 
 DISK_FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -147,14 +147,12 @@ def test_full_disk_leaves_earlier_results(
 def test_sample_dataset_on_a_full_disk_names_its_folder_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("elpv_dataset")
-
     def full(*_arguments: object, **_options: object) -> None:
         raise DISK_FULL
 
     monkeypatch.setattr("PIL.Image.Image.save", full)
     with pytest.raises(OSError, match=r"cannot write .*inspection.*No space left on device"):
-        write_sample_dataset(tmp_path / "inspection", image_size=64, train=1, good=1, per_defect=1)
+        write_small_sample(tmp_path / "inspection")
     assert not list(tmp_path.iterdir())
 
 

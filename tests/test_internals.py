@@ -32,12 +32,11 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.norm_act import BatchNormAct2d
 from timm.models.efficientnet import EfficientNetFeatures
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import anomalib_uniass
 
@@ -45,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, AUTOLOAD = ROOT / "anomalib_uniass", ROOT / "autoload"
 AUTOLOAD_MODULE = "_anomalib_uniass_autoload"
 BY_NAME = {"getattr", "hasattr", "setattr", "delattr", "get_buffer"}
+BY_METACLASS = {"_abc_impl", "_backward_cls"}
 NAMED_TUPLE = {"_asdict", "_fields", "_make", "_replace"}  # documented by Python
 
 
@@ -84,10 +84,10 @@ PRIVATE = {
     ),
     # Lightning: the training loader of a trainer without datamodule
     "_data_source": Internal(lambda: trainer().fit_loop._data_source, object),
+    # Lightning: the step that a checkpoint callback saved last, and does not save again
+    "_last_global_step_saved": Internal(lambda: ModelCheckpoint()._last_global_step_saved, int),
     # timm: the stages behind the taps
     "_stage_out_idx": Internal(lambda: pyramid()._stage_out_idx, dict),
-    # torch: how often a tensor was changed in place
-    "_version": Internal(lambda: torch.zeros(1).add_(1)._version, int),
     # torch: a module's move to another device or precision, and what a distributed one need not send
     "_apply": Internal(lambda: nn.Module._apply, "self, fn, recurse"),
     "_set_params_and_buffers_to_ignore_for_model": Internal(
@@ -131,6 +131,8 @@ UNDOCUMENTED = {
     "total_batch_idx": Internal(lambda: trainer().fit_loop.total_batch_idx, int),
     "is_resuming": Internal(lambda: trainer().fit_loop.is_resuming, bool),
     "val_loop": Internal(lambda: trainer().fit_loop.epoch_loop.val_loop.run, "args, kwargs"),
+    "val_loop.skip": Internal(lambda: trainer().fit_loop.epoch_loop.val_loop.skip, bool),
+    "is_last_batch": Internal(lambda: trainer().is_last_batch, bool),
     "enable_validation": Internal(lambda: trainer().enable_validation, bool),
     "checkpoint_callbacks": Internal(lambda: trainer().checkpoint_callbacks, list),
     "strategy.checkpoint_io": Internal(lambda: trainer().strategy.checkpoint_io, CheckpointIO),
@@ -143,9 +145,6 @@ UNDOCUMENTED = {
     "feature_info": Internal(lambda: pyramid().feature_info.reduction(), list),
     "pretrained_cfg": Internal(lambda: pyramid().pretrained_cfg, dict),
     "Conv2dSame": Internal(lambda: Conv2dSame(1, 1, 3), nn.Conv2d),
-    "act": Internal(lambda: BatchNormAct2d(1).act, nn.Module),
-    # torch
-    "fuse_conv_bn_eval": Internal(lambda: fuse_conv_bn_eval, "conv, bn, transpose"),
 }
 
 
@@ -255,7 +254,9 @@ def private_overrides(modules: list[ModuleType]) -> Iterator[tuple[str, str]]:
         if is_ours(cls):
             for i, owner in enumerate(cls.__mro__):
                 behind = [base for base in cls.__mro__[i + 1 :] if not is_ours(base)]
-                names = [name for name in vars(owner) if is_ours(owner) and is_private(name) and name != "_abc_impl"]
+                names = [
+                    name for name in vars(owner) if is_ours(owner) and is_private(name) and name not in BY_METACLASS
+                ]
                 yield from ((n, owner.__qualname__) for n in names if any(n in vars(base) for base in behind))
 
 

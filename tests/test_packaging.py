@@ -103,12 +103,18 @@ def within(name: str, *packages: str) -> bool:
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 OWN = "anomalib_uniass."
+PLAIN = ("layers", "models.unias", "models.uniad", "distribution")
 # part of the package -> parts of the package that it may import
 ALLOWED = {
-    "components": ("components", "arguments", "files"),
+    "layers": ("layers",),
+    "models.unias.torch_model": PLAIN,
+    "models.uniad.torch_model": PLAIN,
+    "acceleration": ("acceleration", "layers", "models.unias"),
+    "thresholds": ("thresholds", "arguments", "distribution"),
+    "deploy": ("deploy", "thresholds", "files"),
     "metrics": ("metrics", "files"),
     "data": ("data", "metrics", "files", "arguments"),
-    "prediction": ("prediction", "data", "components", "files"),
+    "prediction": ("prediction", "data", "thresholds", "distribution", "files"),
 }
 
 
@@ -123,10 +129,30 @@ def test_import_direction_of_parts(part: str) -> None:
             assert not wrong, f"{path} imports {wrong}"
 
 
-def test_torch_model_does_not_know_lightning_model() -> None:
-    for path in PACKAGE.rglob("torch_model.py"):
-        wrong = [name for name in imports(path) if "lightning_model" in name or within(name, OWN + "data", "lightning")]
-        assert not wrong, f"{path} imports {wrong}"
+BOXES = ("torch_model", "pixel_decoder", "source_embedding", "queries", "decoder", "heads", "anomaly_map", "loss")
+PLAIN_FILES = [
+    *(PACKAGE / "models" / "unias" / f"{box}.py" for box in BOXES),
+    *(PACKAGE / "models" / "uniad").glob("[a-k]*.py"),
+    PACKAGE / "models" / "uniad" / "torch_model.py",
+    *(PACKAGE / "layers").glob("*.py"),
+]
+
+
+@pytest.mark.parametrize("path", PLAIN_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_plain_model_knows_neither_acceleration_nor_lightning(path: Path) -> None:
+    wrong = [name for name in imports(path) if "lightning" in name or within(name, OWN + "acceleration", OWN + "data")]
+    assert not wrong, f"{path} imports {wrong}"
+    words = r"fold(ed|s|ing)?\b|recompu|checkpoint\(|is_cpu|is_cuda|compil|\bdevice|memory_format"
+    said = [match[0] for match in re.finditer(words, path.read_text())]
+    assert not said or "models" not in path.parts, f"{path} says {said}"
+
+
+@pytest.mark.parametrize("path", PLAIN_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_forwards_of_the_plain_model_fit_in_25_lines(path: Path) -> None:
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, ast.FunctionDef) and function.name == "forward":
+            body = function.body[1:]  # without the docstring
+            assert body[-1].end_lineno - body[0].lineno < 25, f"{path}: {function.lineno}"  # type: ignore[operator]
 
 
 def test_only_registration_changes_the_registries() -> None:
@@ -157,8 +183,6 @@ def third_party(*, top_level_only: bool) -> set[str]:
     named_otherwise = {
         "PIL": "pillow",
         "cv2": "opencv-python-headless",
-        "elpv_dataset": "elpv-dataset",
-        "skimage": "scikit-image",
         "sklearn": "scikit-learn",
         "yaml": "pyyaml",
     }
@@ -169,10 +193,9 @@ def test_declared_dependencies_are_the_imported_ones() -> None:
     assert third_party(top_level_only=True) == requirements("dependencies")
 
 
-def test_optional_imports_come_from_extras() -> None:
+def test_optional_imports_are_those_of_exporters() -> None:
     exporters = {"openvino", "nncf"}  # with anomalib[openvino]
-    optional = third_party(top_level_only=False) - requirements("dependencies")
-    assert optional <= requirements("demo") | exporters
+    assert third_party(top_level_only=False) - requirements("dependencies") == exporters
 
 
 # --- The start-up hook -----------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from anomalib_uniass import BoundedPatchcore, UniAD, UniAS, Unified
-from anomalib_uniass.components.pre_processor import PreProcessor
+from anomalib_uniass.deploy.pre_processor import PreProcessor
 from anomalib_uniass.prediction import PathVisualizer, PredictionTable, table
 from anomalib_uniass.prediction.names import name_below
 from anomalib_uniass.prediction.table import MOST_REGIONS, Row, _regions

@@ -28,8 +28,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from anomalib_uniass import BoundedPatchcore, UniAD, UniAS, Unified
 from anomalib_uniass.data.presets import MVTEC_CATEGORIES
-from anomalib_uniass.models import export as exporting
-from anomalib_uniass.models.unias.post_processor import ProductMapPostProcessor
+from anomalib_uniass.deploy import export as exporting
 from tests.helpers.datasets import make_mvtec_layout
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -457,11 +456,8 @@ def test_validation_of_anomalous_images_alone_leaves_no_thresholds_and_says_so(
     assert model.post_processor.calibration is None
 
 
-@pytest.mark.parametrize("post_processor", [PostProcessor(), ProductMapPostProcessor()])
-def test_anomalibs_thresholds_are_missed_as_well(
-    post_processor: PostProcessor, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = UniAS(**SMALL, post_processor=post_processor)
+def test_anomalibs_thresholds_are_missed_as_well(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = UniAS(**SMALL, post_processor=PostProcessor())
     run = engine(tmp_path, max_epochs=1, limit_val_batches=0)
     said = "There are no thresholds for any category: anomalib compares raw scores and maps with 0.5"
     for do in (

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_uniass.data.sample import canvases, writer
-from anomalib_uniass.data.sample.writer import SAMPLE_CATEGORIES, write_sample_dataset
+from tests.helpers.sample_data import canvases, write
 
+SAMPLE_CATEGORIES = write.SAMPLE_CATEGORIES
+write_sample_dataset = write.write_sample_dataset
 SMALL = {"image_size": 64, "train": 2, "good": 1, "per_defect": 1}
 
 
@@ -57,14 +58,14 @@ def test_masks_are_binary_neither_empty_nor_large_and_of_the_size_of_the_image(r
 
 @pytest.mark.parametrize("name", SAMPLE_CATEGORIES)
 def test_masks_cover_what_a_defect_changed_and_little_else(root: Path, name: str) -> None:
-    category = writer._CATEGORIES[name]
+    category = write._CATEGORIES[name]
     rng = np.random.default_rng(1)
     for defect in category.defects.values():
         canvas = next(category.canvases("test", 128, rng))
-        image, mask = writer._draw_defect(canvas, defect, rng)
+        image, mask = write._draw_defect(canvas, defect, rng)
         change = np.abs(image.astype(float) - np.clip(np.rint(canvas.image), 0, 255))
         assert change[mask].mean() > 5 * change[~mask].mean()
-        assert (change[~mask] >= writer._VISIBLE).mean() < 0.01
+        assert (change[~mask] >= write._VISIBLE).mean() < 0.01
 
 
 def test_visible_change_closes_gaps_fills_holes_and_drops_specks() -> None:
@@ -77,13 +78,13 @@ def test_visible_change_closes_gaps_fills_holes_and_drops_specks() -> None:
     after[60:70, 60:70] = 105  # not visible
     expected = np.zeros((100, 100), bool)
     expected[20:41, 20:41] = True
-    np.testing.assert_array_equal(writer._visible_change(before, after), expected)
+    np.testing.assert_array_equal(write._visible_change(before, after), expected)
 
 
 def test_a_defect_that_never_shows_is_an_error(root: Path) -> None:
     canvas = canvases.Canvas(np.full((64, 64), 100.0), np.ones((64, 64), bool), 1.0, {"source": "plain"})
     with pytest.raises(RuntimeError, match="No visible defect"):
-        writer._draw_defect(canvas, lambda canvas, rng: canvas.image, np.random.default_rng(0))
+        write._draw_defect(canvas, lambda canvas, rng: canvas.image, np.random.default_rng(0))
 
 
 def test_train_and_test_share_no_source_pixels(root: Path) -> None:
@@ -142,7 +143,7 @@ def test_other_files_are_not_taken_for_a_set(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_write_leaves_nothing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save, saved = writer._save, []
+    save, saved = write._save, []
 
     def interrupted(image: np.ndarray, path: Path) -> None:
         if len(saved) == 10:
@@ -150,12 +151,12 @@ def test_an_interrupted_write_leaves_nothing(root: Path, tmp_path: Path, monkeyp
         saved.append(path)
         save(image, path)
 
-    monkeypatch.setattr(writer, "_save", interrupted)
+    monkeypatch.setattr(write, "_save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_sample_dataset(tmp_path / "set", **SMALL)
     assert len(saved) == 10
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(writer, "_save", save)
+    monkeypatch.setattr(write, "_save", save)
     (tmp_path / "set").mkdir()  # an empty folder is fine
     write_sample_dataset(tmp_path / "set", **SMALL)
     assert _contents(tmp_path / "set") == _contents(root)
@@ -177,3 +178,30 @@ def test_a_missing_package_is_named_before_anything_is_written(
 def test_too_small_a_number_is_an_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least"):
         write_sample_dataset(tmp_path / "set", **{**SMALL, name: -1})
+
+
+def run_command(patch: pytest.MonkeyPatch, *arguments: str) -> None:
+    patch.setattr(sys, "argv", ["write.py", *arguments])
+    write.main()
+
+
+def test_command_writes_what_the_function_does(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    run_command(monkeypatch, str(tmp_path / "set"), *options)
+    assert _contents(tmp_path / "set") == _contents(root)
+    assert capsys.readouterr().out == f"{tmp_path / 'set'} holds brick, coins, gravel, solar_mono, solar_poly\n"
+    run_command(monkeypatch, str(tmp_path / "set"), *options, "--seed", "0")  # the same, so it is kept
+
+
+def test_command_ends_with_a_message_and_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "brick").mkdir()
+    with pytest.raises(SystemExit, match=r"without a readable dataset\.json: delete it or choose another folder"):
+        run_command(monkeypatch, str(tmp_path))
+    with pytest.raises(SystemExit, match="train must be at least 1, got 0"):
+        run_command(monkeypatch, str(tmp_path / "new"), "--train", "0")
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(SystemExit, match=r"pip install 'anomalib-uniass\[demo\]'"):
+        run_command(monkeypatch, str(tmp_path / "new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["brick"]

@@ -3,7 +3,6 @@
 
 from anomalib_uniass.data.dataset import UnifiedDataset
 from anomalib_uniass.data.presets import MVTec, VisA
-from anomalib_uniass.data.sample import InspectionSample
 from anomalib_uniass.data.unified import Unified
 
-__all__ = ["InspectionSample", "MVTec", "Unified", "UnifiedDataset", "VisA"]
+__all__ = ["MVTec", "Unified", "UnifiedDataset", "VisA"]

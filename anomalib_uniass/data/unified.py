@@ -180,7 +180,7 @@ class Unified(AnomalibDataModule):
         if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
             msg = f"{argument} must be a list of category names, got {names!r}."
             raise TypeError(msg)
-        known = {*self._official_categories(), *category_folders(self.source, self.root)}
+        known = {*official_categories(self.source), *category_folders(self.source, self.root)}
         # An umlaut may be one character or two: macOS writes names of folders otherwise than people type them.
         typed = {unicodedata.normalize("NFC", name): name for name in known}
         names = [
@@ -195,16 +195,12 @@ class Unified(AnomalibDataModule):
         check_names(names, known, argument=argument, context=context)
         return names
 
-    def _official_categories(self) -> Sequence[str]:
-        """Return the categories that the dataset has wherever it lies."""
-        return official_categories(self.source)
-
     def _choose_categories(self, categories: Sequence[str] | None) -> list[str]:
         """Return the categories to join: the given ones, those on disk, or the official ones."""
         if categories is not None:
             chosen = self._known_names(categories, "categories")
         else:
-            chosen = present_categories(self.source, self.root) or list(self._official_categories())
+            chosen = present_categories(self.source, self.root) or list(official_categories(self.source))
         if not chosen:
             msg = (
                 f"No categories to read: categories={categories!r}, and {self.source.__name__} finds none below "

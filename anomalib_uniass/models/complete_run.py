@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
+from lightning.pytorch.trainer.states import TrainerFn
 
-from anomalib_uniass.components.checkpoint_io import WholeCheckpointIO
-from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor, missing_thresholds, warn
+from anomalib_uniass.models.checkpoint_io import WholeCheckpointIO
+from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor, missing_thresholds, warn
 
 if TYPE_CHECKING:
     Base = AnomalibModule
@@ -21,13 +22,17 @@ class CompleteRunMixin(Base):
 
     anomalib's checkpoint callback and thresholds do their work at the end of a validation. Where the last epoch has
     none (``check_val_every_n_epoch`` does not divide ``max_epochs``, ``max_steps`` or ``max_time`` end the training
-    within an epoch, …) one more is run after it. Without a validation set the checkpoint is saved nevertheless, and a
+    within an epoch, …) one more is run after it. What a model takes of the training set with its last weights
+    (:meth:`take_statistics`) comes before. Without a validation set the checkpoint is saved nevertheless, and a
     warning says that it has no thresholds. A run that is interrupted or fails keeps what was saved at its last
     validation.
     """
 
-    _validated_batch: int | None = None
-    """Training batch after which the weights were validated."""
+    _completed_batch: int | None = None
+    """Training batch after which the last weights were completed."""
+
+    def take_statistics(self) -> None:
+        """Take what a model needs of the training set and its last weights."""
 
     def setup(self, stage: str) -> None:
         """Make checkpoints whole or not at all, unless the user brought a writer of checkpoints."""
@@ -35,28 +40,31 @@ class CompleteRunMixin(Base):
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is AnomalibCheckpointIO:
             strategy.checkpoint_io = WholeCheckpointIO(strategy.checkpoint_io.extra_safe_globals)
-        self._validated_batch = None
+        self._completed_batch = None
 
     def on_validation_start(self) -> None:
-        """Note which weights are validated."""
+        """Complete the weights, if they are the last."""
         super().on_validation_start()
-        self._validated_batch = self.trainer.fit_loop.total_batch_idx
+        batch = self.trainer.fit_loop.total_batch_idx
+        if self.trainer.state.fn == TrainerFn.FITTING and batch != self._completed_batch and self._training_ends():
+            self.take_statistics()
+            self._completed_batch = batch
 
     def on_train_epoch_end(self) -> None:
-        """Validate the last weights, if this is the last epoch and its validation did not."""
+        """Complete the last weights, if this is the last epoch and no validation did."""
         super().on_train_epoch_end()
         if self._training_ends():
-            self._validate_last_weights()
+            self._complete_last_weights()
 
     def on_train_end(self) -> None:
-        """Validate the last weights, if a callback stopped the training after its last epoch ended."""
+        """Complete the last weights, if a callback stopped the training after its last epoch ended."""
         super().on_train_end()
-        self._validate_last_weights()
+        self._complete_last_weights()
 
     def _training_ends(self) -> bool:
-        """Tell whether the trainer stops after the current epoch, at whose end it is."""
+        """Tell whether the trainer stops after the current batch, at whose end it is."""
         trainer = self.trainer
-        epochs, steps = trainer.current_epoch + 1, trainer.global_step
+        epochs, steps = trainer.current_epoch + trainer.is_last_batch, trainer.global_step
         can_stop = epochs >= (trainer.min_epochs or 0) and steps >= (trainer.min_steps or 0)
         return (
             (trainer.should_stop and can_stop)
@@ -64,17 +72,21 @@ class CompleteRunMixin(Base):
             or 0 <= trainer.max_steps <= steps
         )
 
-    def _validate_last_weights(self) -> None:
+    def _complete_last_weights(self) -> None:
         """Validate as the training loop does, which brings thresholds and checkpoint, unless it has been done."""
         trainer = self.trainer
-        if self._validated_batch == trainer.fit_loop.total_batch_idx:
+        if self._completed_batch == trainer.fit_loop.total_batch_idx:
             return
+        self.take_statistics()
+        self._completed_batch = trainer.fit_loop.total_batch_idx
+        for callback in trainer.checkpoint_callbacks:
+            callback._last_global_step_saved = 0  # type: ignore[attr-defined]  # they save a step once, and what belongs to it has just changed
+        validation = trainer.fit_loop.epoch_loop.val_loop
         if trainer.enable_validation:
             trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
+            validation.run()
             trainer.training = True
-        if self._validated_batch != trainer.fit_loop.total_batch_idx:  # there is nothing to validate with
-            self._validated_batch = trainer.fit_loop.total_batch_idx
+        if not trainer.enable_validation or validation.skip:  # there is nothing to validate with
             for callback in trainer.checkpoint_callbacks:
                 callback.on_validation_end(trainer, self)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from anomalib_uniass.components.backbone_weights import match_by_order
+from anomalib_uniass.layers.backbone_weights import match_by_order
 
 OFFICIAL_BACKBONE = "tf_efficientnet_b4.aa_in1k"
 BACKBONE_PREFIX = "backbone."

@@ -17,22 +17,21 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_seed, check_text, check_whole
-from anomalib_uniass.components.distribution import keep_constants_local
-from anomalib_uniass.components.pre_processor import AntialiasedPreProcessor
-from anomalib_uniass.components.recomputation import recomputation
-from anomalib_uniass.components.seeding import random_states, set_random_states
+from anomalib_uniass.deploy.export import ExportMixin
+from anomalib_uniass.deploy.pre_processor import AntialiasedPreProcessor
+from anomalib_uniass.distribution import keep_constants_local
+from anomalib_uniass.layers.seeding import random_states, set_random_states
 from anomalib_uniass.metrics import CategoryMetricsCallback
 from anomalib_uniass.models.complete_run import CompleteRunMixin
-from anomalib_uniass.models.export import ExportMixin
 from anomalib_uniass.prediction import PredictionMixin
 
 logger = logging.getLogger(__name__)
 
 GRADIENT_CLIP = 0.1
-STATISTICS_BATCHES = 100
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """What the trainer may compute in: anomalib's batches hold float32 images, whatever the weights are."""
@@ -43,7 +42,7 @@ LRSchedule = Literal["step", "onecycle"]
 class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
     """Training, checkpoints and export of a frozen backbone with a trainable reconstruction network.
 
-    Expects of the class it is mixed into: ``self.model`` with ``backbone``, ``standardization``, ``reconstruct`` and
+    Expects of the class it is mixed into: ``self.model`` with ``backbone``, ``anomaly_map``, ``reconstruct`` and
     ``detect``; ``self.loss`` that takes what ``reconstruct`` returns; and the constructor arguments ``learning_rate``,
     ``weight_decay``, ``lr_schedule``, ``lr_step_epochs``, ``max_epochs``, ``pre_trained`` and ``weights``.
 
@@ -53,8 +52,6 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
     """
 
     model: Any
-    recompute_activations = False
-    """Whether training computes cheap activations again in the backward pass instead of keeping them."""
     architecture: ClassVar[tuple[str, ...]]
     """Constructor arguments that a checkpoint must agree with."""
     optimization = ("lr_schedule", "lr_step_epochs", "learning_rate", "weight_decay")
@@ -160,7 +157,7 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
             raise ValueError(msg)
         self._resumed = {} if stage == "fit" else None  # not what an earlier training went on from
         if self.trainer.world_size > 1:
-            keep_constants_local(self, frozen=[self.model.backbone])
+            keep_constants_local(self, frozen=[self.model.backbone, self.model.anomaly_map])
 
     def on_train_epoch_start(self) -> None:
         """Go on with the random numbers where the next epoch draws its order anew."""
@@ -183,25 +180,36 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
         if states and self.trainer.world_size == 1:  # the checkpoint has the states of one process
             set_random_states(states, self.device)
 
-    def on_fit_start(self) -> None:
-        """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them."""
-        standardization = self.model.standardization
-        if standardization is None or standardization.fitted:
-            return
-        logger.info("Standardising backbone features over up to %d training batches.", STATISTICS_BATCHES)
-        standardization.fit(islice(self._training_features(), STATISTICS_BATCHES))
+    def training_batches(self, count: int) -> Iterator[Tensor]:
+        """Yield up to `count` batches of the training set, in the trainer's order: model inputs ``(B, 3, H, W)``."""
+        return self._inputs(islice(self._training_loader(), count))
 
-    def _training_features(self) -> Iterator[list[Tensor]]:
-        """Yield backbone features of the training set, in the trainer's batches."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        loader: Any = (
-            self.trainer.fit_loop._data_source.instance if datamodule is None else datamodule.train_dataloader()
+    def training_images(self) -> Iterator[Tensor]:
+        """Yield every training image once, in order, each process its share: model inputs ``(B, 3, H, W)``."""
+        loader = self._training_loader()
+        share = range(self.trainer.global_rank, len(loader.dataset), self.trainer.world_size)
+        yield from self._inputs(
+            DataLoader(
+                loader.dataset,
+                loader.batch_size,
+                sampler=share,
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
+            )
         )
-        for batch in loader:
-            image = batch.image.to(self.device)
+
+    def _training_loader(self) -> Any:
+        """Return a new loader of the training set, or the user's own."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return self.trainer.fit_loop._data_source.instance if datamodule is None else datamodule.train_dataloader()
+
+    def _inputs(self, batches: Iterable[ImageBatch]) -> Iterator[Tensor]:
+        """Yield the images of batches as the model takes them."""
+        for batch in batches:
+            image = cast("Tensor", batch.image).to(self.device)
             if isinstance(self.pre_processor, PreProcessor) and self.pre_processor.transform is not None:
                 image = self.pre_processor.transform(image)
-            yield self.model.backbone(image)
+            yield image
 
     def complete_pre_processor(self, choice: PreProcessor | bool, image_size: tuple[int, int]) -> None:
         """Make the default pre-processor with the backbone's statistics; refuse one that resizes to something else.
@@ -228,8 +236,7 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
         """Reconstruct a batch of good images ``(B, 3, H, W)`` and return the loss."""
         del args, kwargs  # the trainer's batch index is not needed
         image = cast("Tensor", batch.image)
-        with recomputation(self.recompute_activations):
-            loss = self.loss(*self.model.reconstruct(image))
+        loss = self.loss(*self.model.reconstruct(image))
         self.log("train_loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=len(image))
         return {"loss": loss}
 
@@ -310,7 +317,6 @@ def check_arguments(
     feedforward_dim: object,
     jitter_scale: object,
     jitter_probability: object,
-    standardize_features: object,
     learning_rate: object,
     weight_decay: object,
     lr_schedule: object,
@@ -328,7 +334,6 @@ def check_arguments(
     check_whole("feedforward_dim", feedforward_dim, at_least=1)
     check_number("jitter_scale", jitter_scale, at_least=0)
     check_number("jitter_probability", jitter_probability, at_least=0, at_most=1)
-    check_flag("standardize_features", standardize_features)
     check_number("learning_rate", learning_rate, above=0)
     check_number("weight_decay", weight_decay, at_least=0)
     check_choice("lr_schedule", lr_schedule, get_args(LRSchedule))

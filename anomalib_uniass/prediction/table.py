@@ -18,11 +18,11 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms.v2 import CenterCrop, Compose
 
-from anomalib_uniass.components.distribution import of_all_processes
-from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
 from anomalib_uniass.data.images import is_misread
+from anomalib_uniass.distribution import of_all_processes
 from anomalib_uniass.files import replacing
 from anomalib_uniass.prediction.names import current_datasets, given_folder, name_below
+from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
 
 logger = logging.getLogger(__name__)
 

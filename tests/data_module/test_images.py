@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import Resize
 from anomalib_uniass.data import Unified, UnifiedDataset
 from anomalib_uniass.data.checks import check_samples
 from anomalib_uniass.data.images import check_image, image_suffixes, is_misread, read_image, read_mask
-from anomalib_uniass.models.export import calibration_images
+from anomalib_uniass.deploy.export import calibration_images
 from tests.helpers.datasets import make_mvtec_layout
 
 HEIGHT, WIDTH = 8, 12

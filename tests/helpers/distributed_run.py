@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import Resize
 
 from anomalib_uniass import UniAS, Unified
-from anomalib_uniass.components.folding import FoldingModule
 from anomalib_uniass.metrics import CategoryMetricsCallback
 
 SMALL: dict[str, Any] = {
@@ -107,23 +106,13 @@ def train(processes: int, root: Path, folder: Path) -> dict[str, Any]:
     start = float(model.model.backbone.network.conv1.weight.sum())
     runner.fit(model, datamodule=unified(root, folder))
     model.eval()
-    saved = model.state_dict().keys()
-    constants = {name: float(buffer.sum()) for name, buffer in model.named_buffers() if name not in saved}
-    for module in model.modules():
-        if isinstance(module, FoldingModule):
-            module._folded_version = None
-            module.fold_ahead()
-    anew = {name: float(buffer.sum()) for name, buffer in model.named_buffers() if name not in saved}
-    statistics = model.model.anomaly_map.statistics
-    assert statistics is not None
+    whitening = model.model.anomaly_map.whitening
+    assert whitening is not None
     result = {
         "start": start,
         "sent": sent.steps,
         "weights": {name: float(parameter.sum()) for name, parameter in model.named_parameters()},
-        "constants": constants,
-        "constants folded anew": anew,
-        "images of statistics": float(statistics.images.sum()),
-        "training images": len(runner.trainer.datamodule.train_data),  # type: ignore[attr-defined]
+        "buffers": {name: float(buffer.sum()) for name, buffer in model.named_buffers()},
         "checkpoint": runner.trainer.checkpoint_callback.best_model_path,  # type: ignore[union-attr]
         "folder": str(runner.trainer.default_root_dir),
     }

@@ -24,15 +24,15 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.utils.data import DataLoader
 
 from anomalib_uniass import UniAD, UniAS, Unified
-from anomalib_uniass.components.calibration import (
+from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator
+from anomalib_uniass.models.unias.torch_model import Reconstruction
+from anomalib_uniass.thresholds.calibration import (
     image_thresholds,
     images_needed,
     map_histograms,
     pixel_thresholds,
 )
-from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor, _GoodImage, _of_all_processes
-from anomalib_uniass.models.unias.post_processor import ProductMapPostProcessor
-from anomalib_uniass.models.unias.torch_model import Reconstruction
+from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor, _GoodImage, _of_all_processes
 from tests.helpers.datasets import make_mvtec_layout
 
 SMALL: dict[str, Any] = {
@@ -300,6 +300,7 @@ class Distances(nn.Module):
         self.layers = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 1, 3, padding=1), nn.LayerNorm(128))
         for parameter in self.parameters():
             nn.init.constant_(parameter, 0.01)
+        self.anomaly_map = AnomalyMapGenerator((128, 128))
 
     def reconstruct(self, x: Tensor) -> Reconstruction:
         return Reconstruction([x], [x])
@@ -420,7 +421,7 @@ def test_thresholds_lie_beside_other_exports(light: UniAS, tmp_path: Path, kind:
 def test_exports_without_thresholds_leave_no_file_of_an_earlier_one(run: Run, light: UniAS, tmp_path: Path) -> None:
     folder = light.to_torch(tmp_path).parent
     assert (folder / "category_thresholds.json").is_file()
-    UniAS.load_from_checkpoint(run[1], post_processor=ProductMapPostProcessor()).to_torch(tmp_path)
+    UniAS.load_from_checkpoint(run[1], post_processor=PostProcessor()).to_torch(tmp_path)
     assert not (folder / "category_thresholds.json").exists()
 
 
@@ -447,7 +448,7 @@ def test_trained_model_is_calibrated_anew_for_other_rates(run: Run, tmp_path: Pa
 def test_checkpoint_of_anomalibs_thresholds_keeps_its_decisions(run: Run, tmp_path: Path) -> None:
     """As written before this post-processor existed: one threshold, no calibration."""
     root, _, _ = run
-    model = UniAS(**SMALL, post_processor=ProductMapPostProcessor())
+    model = UniAS(**SMALL, post_processor=PostProcessor())
     runner = engine(tmp_path)
     runner.fit(model, datamodule=data(root))
     path = runner.trainer.checkpoint_callback.best_model_path
@@ -466,10 +467,10 @@ def test_checkpoint_of_anomalibs_thresholds_keeps_its_decisions(run: Run, tmp_pa
 def test_both_kinds_are_chosen_on_the_command_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     init_args = {key: value for key, value in SMALL.items() if key != "image_size"} | {"image_size": [128, 128]}
-    ours = {"class_path": "anomalib_uniass.components.post_processor.CategoryThresholdPostProcessor"}
+    ours = {"class_path": "anomalib_uniass.thresholds.post_processor.CategoryThresholdPostProcessor"}
     choices = {
         "rates": ours | {"init_args": {"image_fpr": 0.2, "pixel_fpr": 0.02}},
-        "anomalib": {"class_path": "anomalib_uniass.models.unias.post_processor.ProductMapPostProcessor"},
+        "anomalib": {"class_path": "anomalib.post_processing.PostProcessor"},
     }
     stored = {}
     for name, choice in choices.items():

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from anomalib_uniass import UniAD, UniAS, Unified
 from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, cosine_distance
-from anomalib_uniass.models.unias.error_statistics import ErrorStatistics
 from anomalib_uniass.models.unias.loss import ReconstructionLoss
+from anomalib_uniass.models.unias.residual_whitening import ResidualWhitening
 from tests.helpers.datasets import make_mvtec_layout
 
 SIZE = (128, 64)
@@ -87,21 +87,21 @@ def test_product_of_four_small_distances(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_kinds_and_whitening_ignore_autocast(dtype: torch.dtype) -> None:
+def test_clusters_and_whitening_ignore_autocast(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    statistics = ErrorStatistics((64, 8), prototypes=2).eval()
-    # Prototypes nearer to each other than bfloat16 tells apart at this distance from the origin.
+    whitening = ResidualWhitening((64, 8), prototypes=2)
+    # Clusters nearer to each other than bfloat16 tells apart at this distance from the origin.
     descriptors = 100 + 0.1 * torch.randn(8, 64, 1, 1, generator=generator)
-    statistics.fit(descriptors.split(4))
+    whitening.fit_clusters(descriptors.split(4))
     features = descriptors.expand(8, 64, 2, 3) + torch.zeros(8, 64, 2, 3)
-    kinds = statistics.kinds(features)
-    assert len(kinds.unique()) == 2
-    expected = statistics.whiten(0, features, kinds)
+    clusters = whitening.clusters(features)
+    assert len(clusters.unique()) == 2
+    expected = whitening.whiten(0, features, clusters)
     with torch.autocast("cpu", dtype):
-        assert torch.equal(statistics.kinds(features), kinds)
-        assert torch.equal(statistics.whiten(0, features, kinds), expected)
-        low = statistics.whiten(0, features.to(dtype), kinds)
-    assert torch.equal(low, statistics.whiten(0, features.to(dtype).float(), kinds))
+        assert torch.equal(whitening.clusters(features), clusters)
+        assert torch.equal(whitening.whiten(0, features, clusters), expected)
+        low = whitening.whiten(0, features.to(dtype), clusters)
+    assert torch.equal(low, whitening.whiten(0, features.to(dtype).float(), clusters))
 
 
 @pytest.mark.parametrize("dtype", HALVES)

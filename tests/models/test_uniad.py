@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Resize
 
 from anomalib_uniass import UniAD, Unified
-from anomalib_uniass.components.transformer import AttentionLayer
+from anomalib_uniass.layers.transformer import AttentionLayer
 from anomalib_uniass.models.uniad.anomaly_map import AnomalyMapGenerator, image_score
 from anomalib_uniass.models.uniad.decoder import LearnedPositionEmbedding2d
-from anomalib_uniass.models.uniad.official import convert_official_state_dict, official_arguments
 from anomalib_uniass.models.uniad.torch_model import UniADModel
 from tests.helpers.datasets import make_mvtec_layout
 from tests.helpers.models import loss_on_unseen
+from tests.helpers.official_uniad import convert_official_state_dict, official_arguments
 from tests.models.test_unias_parity import CHANNELS, PARITY, assert_close, random_array, reference_state_dict
 
 TINY: dict[str, Any] = {
@@ -229,7 +229,7 @@ def test_default_recipe_is_the_release_s() -> None:
 
 def test_checkpoint_round_trip(root: Path, tmp_path: Path) -> None:
     data = datamodule(root)
-    model = UniAD(**TINY, standardize_features=True, lr_schedule="onecycle", visualizer=False)
+    model = UniAD(**TINY, lr_schedule="onecycle", visualizer=False)
     run = engine(tmp_path, max_epochs=1)
     run.fit(model, datamodule=data)
     (results,) = run.test(model, datamodule=data)
@@ -237,13 +237,12 @@ def test_checkpoint_round_trip(root: Path, tmp_path: Path) -> None:
     path = Path(run.best_model_path or "")
     loaded = UniAD.load_from_checkpoint(path)
     assert loaded.hparams.image_size == (128, 128)
-    assert loaded.model.standardization is not None and loaded.model.standardization.fitted
     images = torch.rand(2, 3, 96, 80)
     expected, actual = model.eval()(images), loaded.eval()(images)
     torch.testing.assert_close(actual.anomaly_map, expected.anomaly_map)
     torch.testing.assert_close(actual.pred_score, expected.pred_score)
 
-    other = UniAD(**{**TINY, "hidden_dim": 64}, standardize_features=True, visualizer=False)
+    other = UniAD(**{**TINY, "hidden_dim": 64}, visualizer=False)
     with pytest.raises(ValueError, match=r"hidden_dim: checkpoint 32, model 64"):
         engine(tmp_path).test(other, datamodule=data, ckpt_path=path)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomalib_uniass.components.backbone import FeaturePyramid
-from anomalib_uniass.components.backbone_weights import match_by_order
-from anomalib_uniass.components.gaussian_split import GaussianFrequencySplit
+from anomalib_uniass.layers.backbone import FeaturePyramid
+from anomalib_uniass.layers.backbone_weights import match_by_order
+from anomalib_uniass.layers.gaussian_split import GaussianFrequencySplit
 from anomalib_uniass.models.unias.loss import ReconstructionLoss
 from anomalib_uniass.models.unias.official import convert_official_state_dict, official_arguments
 from anomalib_uniass.models.unias.torch_model import UniASModel

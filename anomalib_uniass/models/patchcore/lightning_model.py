@@ -14,10 +14,10 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from anomalib_uniass.arguments import check_flag, check_seed, check_text, check_whole, parse_image_size
-from anomalib_uniass.components.backbone import FeaturePyramid
-from anomalib_uniass.components.token_grid import token_grid
+from anomalib_uniass.deploy.export import ExportMixin
+from anomalib_uniass.layers.backbone import FeaturePyramid
+from anomalib_uniass.layers.token_grid import token_grid
 from anomalib_uniass.models.complete_run import CompleteRunMixin
-from anomalib_uniass.models.export import ExportMixin
 from anomalib_uniass.models.patchcore.coreset import PatchSample, k_center_greedy
 from anomalib_uniass.models.reconstruction import ReconstructionMixin
 from anomalib_uniass.prediction import PredictionMixin
@@ -52,7 +52,7 @@ class BoundedPatchcore(CompleteRunMixin, PredictionMixin, ExportMixin, Patchcore
 
     Raises:
         ValueError: If not ``1 <= coreset_size <= max_patches``, or for the reasons of
-            :class:`~anomalib_uniass.components.backbone.FeaturePyramid`.
+            :class:`~anomalib_uniass.layers.backbone.FeaturePyramid`.
 
     Example:
         >>> from anomalib.engine import Engine

@@ -4,7 +4,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_uniass.components.execution import full_precision, widen
+from anomalib_uniass.layers.precision import full_precision, widen
 
 SCORE_WINDOW = 16
 

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor, nn
 
-from anomalib_uniass.components.transformer import AttentionLayer, FeedForwardLayer
+from anomalib_uniass.layers.transformer import AttentionLayer, FeedForwardLayer
 
 
 class LearnedPositionEmbedding2d(nn.Module):

@@ -11,9 +11,9 @@ from anomalib.visualization import Visualizer
 from torch import nn
 
 from anomalib_uniass.arguments import check_whole, parse_image_size
-from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
 from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_arguments
 from anomalib_uniass.models.uniad.torch_model import UniADModel
+from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
 
 
 class UniAD(ReconstructionMixin, AnomalibModule):
@@ -32,7 +32,6 @@ class UniAD(ReconstructionMixin, AnomalibModule):
         feedforward_dim: Width of the feed-forward layers.
         jitter_scale: Strength of the feature jitter in training.
         jitter_probability: Chance of the jitter per batch, in [0, 1].
-        standardize_features: Standardise the backbone's channels over the training set; not in the paper.
         learning_rate: AdamW's learning rate (the peak of ``onecycle``).
         weight_decay: AdamW's weight decay.
         lr_schedule: ``step``, times 0.1 every `lr_step_epochs`; or ``onecycle``, warm-up and cosine decay over the
@@ -43,7 +42,7 @@ class UniAD(ReconstructionMixin, AnomalibModule):
         pre_processor: Pre-processor, or True for resize and normalisation with the backbone's statistics.
         post_processor: Post-processor, or True for thresholds per category at a false-positive rate of 1 % of the
             good images and 0.1 % of their pixels
-            (:class:`~anomalib_uniass.components.post_processor.CategoryThresholdPostProcessor`). For anomalib's
+            (:class:`~anomalib_uniass.thresholds.post_processor.CategoryThresholdPostProcessor`). For anomalib's
             thresholds, one for all categories by the best F1 score on the validation labels, give
             :class:`anomalib.post_processing.PostProcessor`.
         evaluator: Evaluator, or True for anomalib's. The per-category metrics of this package come beside it.
@@ -60,7 +59,7 @@ class UniAD(ReconstructionMixin, AnomalibModule):
     """
 
     model: UniADModel
-    architecture = ("backbone", "image_size", "hidden_dim", "feedforward_dim", "standardize_features")
+    architecture = ("backbone", "image_size", "hidden_dim", "feedforward_dim")
 
     def __init__(
         self,
@@ -72,7 +71,6 @@ class UniAD(ReconstructionMixin, AnomalibModule):
         feedforward_dim: int = 1024,
         jitter_scale: float = 20.0,
         jitter_probability: float = 1.0,
-        standardize_features: bool = False,
         learning_rate: float = 1e-4,
         weight_decay: float = 1e-4,
         lr_schedule: LRSchedule = "step",
@@ -93,7 +91,6 @@ class UniAD(ReconstructionMixin, AnomalibModule):
             feedforward_dim=feedforward_dim,
             jitter_scale=jitter_scale,
             jitter_probability=jitter_probability,
-            standardize_features=standardize_features,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             lr_schedule=lr_schedule,
@@ -118,7 +115,6 @@ class UniAD(ReconstructionMixin, AnomalibModule):
             feedforward_dim=feedforward_dim,
             jitter_scale=jitter_scale,
             jitter_probability=jitter_probability,
-            standardize_features=standardize_features,
             seed=seed,
         )
         self.loss = nn.MSELoss()

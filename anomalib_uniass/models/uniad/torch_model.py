@@ -10,13 +10,12 @@ from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_uniass.components.backbone import FeaturePyramid
-from anomalib_uniass.components.feature_jitter import FeatureJitter
-from anomalib_uniass.components.neighbor_mask import neighbor_mask
-from anomalib_uniass.components.seeding import seeded
-from anomalib_uniass.components.standardization import FeatureStandardization
-from anomalib_uniass.components.token_grid import check_image_size, token_grid
-from anomalib_uniass.components.transformer import EncoderLayer
+from anomalib_uniass.layers.backbone import FeaturePyramid
+from anomalib_uniass.layers.feature_jitter import FeatureJitter
+from anomalib_uniass.layers.neighbor_mask import neighbor_mask
+from anomalib_uniass.layers.seeding import seeded
+from anomalib_uniass.layers.token_grid import check_image_size, token_grid
+from anomalib_uniass.layers.transformer import EncoderLayer
 from anomalib_uniass.models.uniad.anomaly_map import AnomalyMapGenerator, image_score
 from anomalib_uniass.models.uniad.decoder import LearnedPositionEmbedding2d, QueryDecoderLayer
 
@@ -52,8 +51,6 @@ class UniADModel(nn.Module):
         feedforward_dim: Width of every feed-forward layer.
         jitter_scale: Strength of the feature jitter in training.
         jitter_probability: Chance of the jitter per batch.
-        standardize_features: Standardise the backbone features per channel with statistics of the training set.
-            Not in the paper.
         seed: Seed of the initial weights; leaves torch's global generator alone. None draws from the latter.
 
     Raises:
@@ -73,7 +70,6 @@ class UniADModel(nn.Module):
         feedforward_dim: int = 1024,
         jitter_scale: float = 20.0,
         jitter_probability: float = 1.0,
-        standardize_features: bool = False,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -88,7 +84,6 @@ class UniADModel(nn.Module):
         with seeded(seed):
             self.backbone = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights)
             channels = sum(self.backbone.channels)
-            self.standardization = FeatureStandardization(self.backbone.channels) if standardize_features else None
             self.jitter = FeatureJitter(scale=jitter_scale, probability=jitter_probability)
             self.input_proj = nn.Linear(channels, hidden_dim)
             self.position = LearnedPositionEmbedding2d(self.grid_size, hidden_dim)
@@ -139,8 +134,6 @@ class UniADModel(nn.Module):
         Returns:
             Reconstruction and target, all taps on the token grid.
         """
-        if self.standardization is not None:
-            features = self.standardization(features)
         target = self._align(features)
         tokens = self.input_proj(self.jitter(target).flatten(2).mT)  # (B, N, D)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_uniass.components.execution import full_precision, widen
-from anomalib_uniass.components.gaussian_blur import GaussianBlur2d
-from anomalib_uniass.models.unias.error_statistics import ErrorStatistics
+from anomalib_uniass.layers.gaussian_blur import GaussianBlur2d
+from anomalib_uniass.layers.precision import full_precision, widen
+from anomalib_uniass.models.unias.residual_whitening import ResidualWhitening
 
 ImageScore = Literal["std", "max", "top"]
 
@@ -25,19 +25,19 @@ class AnomalyMapGenerator(nn.Module):
     Args:
         image_size: Height and width of the final map; the levels are fused at half of it.
         levels: Number of levels, counted from the coarsest; the paper's four or fewer.
-        statistics: Statistics of the errors on good images, to compare by; None, as in the paper, compares features as
+        whitening: Statistics of the errors on good images, to compare by; None, as in the paper, compares features as
             they are and all levels alike.
     """
 
     def __init__(
-        self, image_size: tuple[int, int], *, levels: int = 4, statistics: ErrorStatistics | None = None
+        self, image_size: tuple[int, int], *, levels: int = 4, whitening: ResidualWhitening | None = None
     ) -> None:
         super().__init__()
         height, width = image_size
         self.fusion_size = (height // 2, width // 2)
         # Coarse to fine, as in the release: the finer the level, the wider its blur.
         self.blurs = nn.ModuleList(GaussianBlur2d(sigma=k / 3, kernel_size=k) for k in (3, 5, 7, 9)[:levels])
-        self.statistics = statistics
+        self.whitening = whitening
 
     def level_maps(self, reconstructions: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
         """Return the blurred cosine distance of every level, ``(B, 1, H / 2, W / 2)`` each, in [0, 2].
@@ -48,11 +48,10 @@ class AnomalyMapGenerator(nn.Module):
         """
         pairs = [(widen(r), widen(t)) for r, t in zip(reconstructions, targets, strict=True)]
         with full_precision(targets[0]):
-            if (statistics := self.statistics) is not None:
-                statistics.fold_ahead()
-                kinds = statistics.kinds(targets[0])
+            if (whitening := self.whitening) is not None:
+                clusters = whitening.clusters(targets[0])
                 pairs = [
-                    (statistics.whiten(level, reconstruction, kinds), statistics.whiten(level, target, kinds))
+                    (whitening.whiten(level, reconstruction, clusters), whitening.whiten(level, target, clusters))
                     for level, (reconstruction, target) in enumerate(pairs)
                 ]
             maps = []
@@ -64,8 +63,8 @@ class AnomalyMapGenerator(nn.Module):
     def fuse(self, maps: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """Return the product of the level maps, ``(B, 1, H / 2, W / 2)``, of those that say something of the image."""
         maps = [widen(m) for m in maps]
-        if self.statistics is not None:
-            exponents = self.statistics.exponents[self.statistics.kinds(targets[0])].T[:, :, None, None, None]
+        if self.whitening is not None:
+            exponents = self.whitening.exponents[self.whitening.clusters(targets[0])].T[:, :, None, None, None]
             maps = [m.clamp_min(0) ** exponent for m, exponent in zip(maps, exponents, strict=True)]
         return reduce(torch.mul, maps)  # m4 * m3 * m2 * m1
 

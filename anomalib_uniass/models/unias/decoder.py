@@ -1,94 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Spatial-channel decoder: one block per level, query tokens carried from block to block."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
-from anomalib_uniass.components.folding import FoldingModule
-from anomalib_uniass.components.mgg_cnn import MultiGranularityGatedCNN
-from anomalib_uniass.components.neighbor_mask import neighbor_mask
-from anomalib_uniass.components.position_encoding import sine_position_encoding_2d
-from anomalib_uniass.components.transformer import AttentionLayer, FeedForwardLayer
+from anomalib_uniass.layers.mgg_cnn import MultiGranularityGatedCNN
+from anomalib_uniass.layers.neighbor_mask import neighbor_mask
+from anomalib_uniass.layers.position_encoding import sine_position_encoding_2d
+from anomalib_uniass.layers.transformer import AttentionLayer, FeedForwardLayer
 
 HEADS = 4
-
-
-class SourceEmbedding(FoldingModule):
-    """Embed every memory level on the deepest grid: ``[(B, D, H_i, W_i)] -> [(B, N, D)]``, coarse to fine.
-
-    A patch embedding and a 1x1 convolution behind it are one linear map: one convolution with folded weights. In
-    training the weights are folded once a step, which pays for batches of some images.
-
-    Args:
-        hidden_dim: Width D; an even number.
-        levels: Number of levels.
-    """
-
-    def __init__(self, hidden_dim: int, *, levels: int) -> None:
-        super().__init__([f"folded_{kind}_{level}" for level in range(1, levels) for kind in ("weight", "bias")])
-        widths = [hidden_dim, *(hidden_dim * (level + 1) // 2 for level in range(1, levels))]
-        self.patch_embeds = nn.ModuleList([nn.Identity()])
-        saved_per_position = folding_cost = 0  # multiply-adds
-        for level in range(1, levels):
-            stride = 2**level
-            patch = stride**2 * hidden_dim
-            saved_per_position += patch * widths[level] + widths[level] * hidden_dim - patch * hidden_dim
-            folding_cost += hidden_dim * widths[level] * patch
-            self.patch_embeds.append(nn.Conv2d(hidden_dim, widths[level], kernel_size=stride, stride=stride))
-        self.projections = nn.ModuleList(nn.Conv2d(width, hidden_dim, kernel_size=1) for width in widths)
-        self.level_embedding = nn.Embedding(levels, hidden_dim)
-        self._break_even = folding_cost / saved_per_position
-
-    def forward(self, memory: Sequence[Tensor]) -> list[Tensor]:
-        """Patch-embed, project and add the level embedding, in the cheaper form."""
-        return self.form(memory[0][:, 0].numel())(memory)
-
-    def form(self, positions: int) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-        """Return the cheaper form of :meth:`forward`, its weights folded.
-
-        Args:
-            positions: Tokens of the whole batch and a level; in training they share the cost of folding.
-        """
-        if not torch.is_grad_enabled():
-            return partial(self.folded, folded=self.folded_ahead())
-        return partial(self.folded, folded=self.fold()) if positions > self._break_even else self.plain
-
-    def plain(self, memory: Sequence[Tensor]) -> list[Tensor]:
-        """Compute the embedding as it is written in the paper."""
-        maps = [embed(y) for embed, y in zip(self.patch_embeds, memory, strict=True)]
-        return self._add_level([project(x) for project, x in zip(self.projections, maps, strict=True)])
-
-    def folded(self, memory: Sequence[Tensor], folded: Sequence[Tensor]) -> list[Tensor]:
-        """Compute the embedding with the folded weights and biases of :meth:`fold`."""
-        weights, biases = folded[::2], folded[1::2]
-        maps = [self.projections[0](memory[0])]
-        for y, weight, bias in zip(memory[1:], weights, biases, strict=True):
-            maps.append(F.conv2d(y, weight, bias, stride=weight.shape[-2:]))
-        return self._add_level(maps)
-
-    def fold(self) -> tuple[Tensor, ...]:
-        """Fold projections and patch embeddings, differentiably and in full precision.
-
-        Returns:
-            Weight ``(D, D, 2^i, 2^i)`` and bias ``(D,)`` of level 1, of level 2 and so on.
-        """
-        folded: list[Tensor] = []
-        with torch.autocast(self.level_embedding.weight.device.type, enabled=False):
-            for embed, project in zip(self.patch_embeds[1:], self.projections[1:], strict=True):
-                (kernel, kernel_bias), (weight, bias) = embed.parameters(), project.parameters()
-                patches, matrix = kernel.permute(0, 2, 3, 1), weight.flatten(1)  # channels last, as the maps are
-                product = (matrix @ patches.flatten(1)).unflatten(1, patches.shape[1:])
-                folded += [product.permute(0, 3, 1, 2), matrix @ kernel_bias + bias]
-        return tuple(folded)
-
-    def _add_level(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        return [
-            x.flatten(2).transpose(1, 2) + level for x, level in zip(maps, self.level_embedding.weight, strict=True)
-        ]
 
 
 class SpatialChannelDecoder(nn.Module):

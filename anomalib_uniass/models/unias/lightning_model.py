@@ -3,33 +3,32 @@
 
 import logging
 from collections.abc import Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
+import torch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 
+from anomalib_uniass import acceleration
 from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_whole, parse_image_size
-from anomalib_uniass.components.post_processor import CategoryThresholdPostProcessor
-from anomalib_uniass.models.reconstruction import (
-    STATISTICS_BATCHES,
-    LRSchedule,
-    ReconstructionMixin,
-    check_arguments,
-)
+from anomalib_uniass.deploy.quantization import quantize_reconstruction
+from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_arguments
 from anomalib_uniass.models.unias.anomaly_map import ImageScore
 from anomalib_uniass.models.unias.loss import CosineTerm, ReconstructionLoss
-from anomalib_uniass.models.unias.quantization import quantize_reconstruction
 from anomalib_uniass.models.unias.torch_model import Target, UniASModel
+from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor, warn
 
 if TYPE_CHECKING:
     import openvino as ov
 
 logger = logging.getLogger(__name__)
+
+STANDARDIZATION_BATCHES = 100
+"""Batches of the training set over which features are standardised, at most."""
 
 
 class UniAS(ReconstructionMixin, AnomalibModule):
@@ -53,16 +52,11 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             squared error; directions are compared as they are. Not in the paper; it speeds up short trainings.
         target: What is reconstructed: the ``low_frequencies`` of the features, as in the paper, or the ``features``,
             which keeps defects that are small beside a level's stride.
-        finest_level: Finest level that is reconstructed and enters the map: 1, the paper's, has stride 2; 2 has
-            stride 4 and 3 has stride 8. The token grid cannot render fine texture: on such surfaces leave out the
-            fine levels, which makes the model cheaper too.
-        prototypes: Number of kinds of images, found by k-means, that the model keeps statistics of its errors on good
-            images for, to weigh errors by: what it cannot predict of a kind's good surface counts less, and fine levels
-            count where it explains something there. Twice the number of categories will do; 0, as in the paper, weighs
-            all errors alike.
+        prototypes: Number of clusters of images, found by k-means, for which statistics of the errors on good images
+            are taken when the training ends, to weigh errors by: what the model cannot predict of a cluster's good
+            surfaces counts less, and fine levels count where it explains something there. Twice the number of
+            categories will do; 0, as in the paper, weighs all errors alike.
         loss_weight: Weight of the loss; the release takes 10 for MVTec AD and 1 for VisA.
-        mse_weight: Weight of the mean squared error in the loss.
-        cosine_weight: Weight of the cosine term in the loss.
         cosine_term: ``distance``, the paper's 1 - cos, or ``release``, the + cos of the official code.
         score: Image score of a map: its standard deviation (``std``), its maximum (``max``), or the mean of its
             highest percent (``top``).
@@ -72,15 +66,13 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             whole run, for short trainings.
         lr_step_epochs: Epochs between the steps of ``step``.
         max_epochs: Length of the training. A value given here overrides the trainer's; None leaves it to the trainer.
-        recompute_activations: Compute cheap activations again in the backward pass instead of keeping them: training
-            takes half of the memory. Costs little time at full size, more in small models, which need it not.
+        accelerate: Compute with exact rewrites of the paper's modules, several times as fast and in half of the memory
+            (:mod:`anomalib_uniass.acceleration`).
         seed: Seed of the initial weights.
         pre_processor: Pre-processor, or True for resize and normalisation with the backbone's statistics.
         post_processor: Post-processor, or True for thresholds per category at a false-positive rate of 1 % of the
             good images and 0.1 % of their pixels
-            (:class:`~anomalib_uniass.components.post_processor.CategoryThresholdPostProcessor`). For anomalib's
-            thresholds, one for all categories by the best F1 score on the validation labels, give
-            :class:`~anomalib_uniass.models.unias.post_processor.ProductMapPostProcessor`.
+            (:class:`~anomalib_uniass.thresholds.post_processor.CategoryThresholdPostProcessor`).
         evaluator: Evaluator, or True for anomalib's. The per-category metrics of this package come beside it.
         visualizer: Visualizer, or True for :class:`~anomalib_uniass.prediction.PathVisualizer`.
 
@@ -102,7 +94,6 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         "channel_branch",
         "standardize_features",
         "target",
-        "finest_level",
         "prototypes",
     )
 
@@ -119,11 +110,8 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         jitter_probability: float = 0.5,
         standardize_features: bool = False,
         target: Target = "low_frequencies",
-        finest_level: int = 1,
         prototypes: int = 0,
         loss_weight: float = 10.0,
-        mse_weight: float = 1.0,
-        cosine_weight: float = 1.0,
         cosine_term: CosineTerm = "distance",
         score: ImageScore = "std",
         learning_rate: float = 1e-4,
@@ -131,7 +119,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         lr_schedule: LRSchedule = "step",
         lr_step_epochs: int = 400,
         max_epochs: int | None = None,
-        recompute_activations: bool = True,
+        accelerate: bool = True,
         seed: int | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -150,7 +138,6 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             feedforward_dim=feedforward_dim,
             jitter_scale=jitter_scale,
             jitter_probability=jitter_probability,
-            standardize_features=standardize_features,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             lr_schedule=lr_schedule,
@@ -159,16 +146,11 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             seed=seed,
         )
         check_flag("channel_branch", channel_branch)
+        check_flag("standardize_features", standardize_features)
         check_whole("hidden_dim", hidden_dim, at_least=1)
-        check_whole("finest_level", finest_level, at_least=1)
         check_whole("prototypes", prototypes, at_least=0)
         check_number("loss_weight", loss_weight, above=0)
-        check_number("mse_weight", mse_weight, at_least=0)
-        check_number("cosine_weight", cosine_weight, at_least=0)
-        if not (mse_weight or cosine_weight):
-            msg = "mse_weight and cosine_weight are both 0, so that there is nothing to learn. Give one of them."
-            raise ValueError(msg)
-        check_flag("recompute_activations", recompute_activations)
+        check_flag("accelerate", accelerate)
         super().__init__(
             # Rebuilt below, once the backbone's normalisation is known.
             pre_processor=pre_processor if isinstance(pre_processor, PreProcessor) else False,
@@ -188,25 +170,52 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             jitter_probability=jitter_probability,
             standardize_features=standardize_features,
             target=target,
-            finest_level=finest_level,
             prototypes=prototypes,
             score=score,
             seed=seed,
         )
-        self.recompute_activations = recompute_activations
-        self.loss = ReconstructionLoss(
-            weight=loss_weight, mse_weight=mse_weight, cosine_weight=cosine_weight, cosine_term=cosine_term
-        )
+        if accelerate:
+            acceleration.accelerate(self.model)
+        self.loss = ReconstructionLoss(weight=loss_weight, cosine_term=cosine_term)
         self.complete_pre_processor(pre_processor, image_size)
 
     def on_fit_start(self) -> None:
         """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them."""
-        super().on_fit_start()
-        statistics = self.model.anomaly_map.statistics
-        if statistics is not None and not statistics.fitted:
-            logger.info("Finding prototypes in up to %d training batches.", STATISTICS_BATCHES)
-            features = islice(self._training_features(), STATISTICS_BATCHES)
-            statistics.fit(levels[-1] for levels in features)
+        standardization = self.model.standardization
+        if standardization is not None and not standardization.fitted:
+            logger.info("Standardising backbone features over up to %d training batches.", STANDARDIZATION_BATCHES)
+            standardization.fit(self.model.backbone(image) for image in self.training_batches(STANDARDIZATION_BATCHES))
+
+    @torch.no_grad()
+    def take_statistics(self) -> None:
+        """Take the statistics of the last weights' errors over the training set."""
+        whitening = self.model.anomaly_map.whitening
+        if whitening is None:
+            return
+        logger.info("Taking the statistics of the errors over the training set.")
+        training = self.model.training
+        self.model.eval()
+        whitening.fit_clusters(self.model.backbone(image)[-1] for image in self.training_images())
+        whitening.fit(self.model.reconstruct(image)[:2] for image in self.training_images())
+        self.model.train(training)
+
+    def on_test_start(self) -> None:
+        """Say where the weights of an unfinished training have no statistics of their errors."""
+        super().on_test_start()
+        self._warn_of_missing_statistics()
+
+    def on_predict_start(self) -> None:
+        """Say where the weights of an unfinished training have no statistics of their errors."""
+        super().on_predict_start()
+        self._warn_of_missing_statistics()
+
+    def _warn_of_missing_statistics(self) -> None:
+        whitening = self.model.anomaly_map.whitening
+        if whitening is not None and not whitening.fitted:
+            warn(
+                "These weights have no statistics of their errors, which `prototypes` asks for: they are taken when a "
+                "training ends, and this one did not. All errors weigh alike."
+            )
 
     def configure_post_processor(self) -> PostProcessor:
         """Return thresholds per category, normalised by square roots: the maps are products of four distances."""

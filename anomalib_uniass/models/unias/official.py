@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from anomalib_uniass.components.backbone_weights import read_state_dict
+from anomalib_uniass.layers.backbone_weights import read_state_dict
 from anomalib_uniass.models.conversion import OFFICIAL_BACKBONE, Rules, convert_state_dict, require, strip_module
 from anomalib_uniass.models.unias.lightning_model import UniAS
 
@@ -22,11 +22,11 @@ HEAD_PREFIX = "sem_seg_head."
 _ENCODER = r"^pixel_decoder\.transformer\.encoder\.layers\.(\d)\."
 _BLOCK = r"^predictor\.transformer_block\.(\d)\."
 _RULES: Rules = (
-    (r"^pixel_decoder\.adapter_(\d)\.norm\.", lambda m: f"pixel_decoder.lateral_convs.{3 - int(m[1])}.1."),
-    (r"^pixel_decoder\.adapter_(\d)\.", lambda m: f"pixel_decoder.lateral_convs.{3 - int(m[1])}.0."),
+    (r"^pixel_decoder\.adapter_(\d)\.norm\.", lambda m: f"pixel_decoder.levels.{3 - int(m[1])}.lateral_norm."),
+    (r"^pixel_decoder\.adapter_(\d)\.", lambda m: f"pixel_decoder.levels.{3 - int(m[1])}.lateral_conv."),
     (r"^pixel_decoder\.layer_4\.", "pixel_decoder.deepest_conv."),
-    (r"^pixel_decoder\.layer_(\d)\.norm\.", lambda m: f"pixel_decoder.output_convs.{3 - int(m[1])}.1."),
-    (r"^pixel_decoder\.layer_(\d)\.", lambda m: f"pixel_decoder.output_convs.{3 - int(m[1])}.0."),
+    (r"^pixel_decoder\.layer_(\d)\.norm\.", lambda m: f"pixel_decoder.levels.{3 - int(m[1])}.output_norm."),
+    (r"^pixel_decoder\.layer_(\d)\.", lambda m: f"pixel_decoder.levels.{3 - int(m[1])}.output_conv."),
     (_ENCODER + r"self_attn\.", r"pixel_decoder.encoder.\1.self_attention.attention."),
     (_ENCODER + r"norm1\.", r"pixel_decoder.encoder.\1.self_attention.norm."),
     (_ENCODER + r"norm2\.", r"pixel_decoder.encoder.\1.feed_forward.norm."),

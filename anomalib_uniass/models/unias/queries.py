@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor, nn
 
-from anomalib_uniass.components.mgg_cnn import MultiGranularityGatedCNN
+from anomalib_uniass.layers.mgg_cnn import MultiGranularityGatedCNN
 
 
 class GatedQueryGenerator(nn.Module):

@@ -9,29 +9,22 @@ import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
-from anomalib_uniass.components.backbone import FeaturePyramid
-from anomalib_uniass.components.execution import runs_on_cpu
-from anomalib_uniass.components.feature_jitter import FeatureJitter
-from anomalib_uniass.components.gaussian_split import GaussianFrequencySplit
-from anomalib_uniass.components.mgg_cnn import MultiGranularityGatedCNN
-from anomalib_uniass.components.recomputation import recomputes
-from anomalib_uniass.components.seeding import seeded
-from anomalib_uniass.components.standardization import FeatureStandardization
-from anomalib_uniass.components.token_grid import check_image_size, token_grid
+from anomalib_uniass.layers.backbone import FeaturePyramid
+from anomalib_uniass.layers.feature_jitter import FeatureJitter
+from anomalib_uniass.layers.gaussian_split import GaussianFrequencySplit
+from anomalib_uniass.layers.mgg_cnn import MultiGranularityGatedCNN
+from anomalib_uniass.layers.seeding import seeded
+from anomalib_uniass.layers.standardization import FeatureStandardization
+from anomalib_uniass.layers.token_grid import check_image_size, token_grid
 from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, ImageScore, image_score
-from anomalib_uniass.models.unias.decoder import HEADS, SourceEmbedding, SpatialChannelDecoder
-from anomalib_uniass.models.unias.error_statistics import ErrorStatistics
+from anomalib_uniass.models.unias.decoder import HEADS, SpatialChannelDecoder
 from anomalib_uniass.models.unias.heads import ReconstructionHead
 from anomalib_uniass.models.unias.pixel_decoder import NORM_GROUPS, FPNPixelDecoder
 from anomalib_uniass.models.unias.queries import GatedQueryGenerator
+from anomalib_uniass.models.unias.residual_whitening import ResidualWhitening
+from anomalib_uniass.models.unias.source_embedding import SourceEmbedding
 
 Target = Literal["low_frequencies", "features"]
-
-PART_BYTES = 2**25
-"""Size of the pixel decoder's largest map above which a CPU computes it for part of the batch's images at a time.
-
-Caches do not hold larger maps, and the allocator fetches them from the system anew.
-"""
 
 
 class Reconstruction(NamedTuple):
@@ -39,7 +32,7 @@ class Reconstruction(NamedTuple):
 
     reconstructions: list[Tensor]
     targets: list[Tensor]
-    deviations: list[Tensor] | None = None
+    stds: list[Tensor] | None = None
     """Standard deviations ``(1, C_j, 1, 1)`` in which the loss measures errors; None takes them as they are."""
 
     def of(self, images: Tensor) -> "Reconstruction":
@@ -68,8 +61,7 @@ class UniASModel(nn.Module):
         standardize_features: Standardise the backbone features per channel with statistics of the training set, for
             the network and the squared error; directions are compared as they are. Not in the paper.
         target: What is reconstructed: the ``low_frequencies`` of the features, as in the paper, or the ``features``.
-        finest_level: Finest level that is reconstructed and enters the map, 1 (stride 2, the paper's) to 3 (stride 8).
-        prototypes: Kinds of images that have :class:`ErrorStatistics` of their own, to compare by; 0, as in the paper,
+        prototypes: Clusters of images that have statistics of their errors, to compare by; 0, as in the paper,
             does without.
         score: Reduction of the map to the image score.
         seed: Seed of the initial weights; leaves torch's global generator alone. None draws from the latter.
@@ -92,7 +84,6 @@ class UniASModel(nn.Module):
         jitter_probability: float = 0.5,
         standardize_features: bool = False,
         target: Target = "low_frequencies",
-        finest_level: int = 1,
         prototypes: int = 0,
         score: ImageScore = "std",
         seed: int | None = None,
@@ -100,13 +91,12 @@ class UniASModel(nn.Module):
         super().__init__()
         grid_size = _validate_sizes(image_size, hidden_dim=hidden_dim, channel_branch=channel_branch)
         self.image_size = image_size
+        self.grid_size = grid_size
         self.score: ImageScore = score
         self.target: Target = target
 
         with seeded(seed):
-            self.backbone = FeaturePyramid(
-                backbone, pre_trained=pre_trained, weights=weights, finest_level=finest_level
-            )
+            self.backbone = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights)
             channels = self.backbone.channels  # fine to coarse
             self.standardization = FeatureStandardization(channels) if standardize_features else None
             levels = len(channels)
@@ -129,22 +119,14 @@ class UniASModel(nn.Module):
             )
             self.norm = nn.LayerNorm(hidden_dim)
             self.heads = nn.ModuleList(
-                ReconstructionHead(hidden_dim, c, grid_size=grid_size, scale=2**level)
-                for level, c in enumerate(reversed(channels))
+                ReconstructionHead(hidden_dim, c, scale=2**level) for level, c in enumerate(reversed(channels))
             )
-            statistics = ErrorStatistics(channels[::-1], prototypes=prototypes) if prototypes else None
-            self.anomaly_map = AnomalyMapGenerator(image_size, levels=levels, statistics=statistics)
+            whitening = ResidualWhitening(channels[::-1], prototypes=prototypes) if prototypes else None
+            self.anomaly_map = AnomalyMapGenerator(image_size, levels=levels, whitening=whitening)
             self._reset_parameters()
-        # The layout that tokens have when they are viewed as maps; convolutions then need not reorder their inputs.
-        self.to(memory_format=torch.channels_last)
 
     def _reset_parameters(self) -> None:
-        """Initialise as the release does; the pixel decoder and the heads look after themselves."""
-        for name, parameter in self.source_embedding.projections.named_parameters():
-            if name.endswith("weight"):
-                nn.init.kaiming_uniform_(parameter, a=1)
-            else:
-                nn.init.zeros_(parameter)
+        """Initialise as the release does; pixel decoder, source embedding and heads look after themselves."""
         xavier = (MultiGranularityGatedCNN, nn.MultiheadAttention, nn.Linear, nn.Embedding)
         for part in (self.query_generator, self.decoder):
             for module in part.modules():
@@ -166,7 +148,7 @@ class UniASModel(nn.Module):
             ValueError: If the images have another size than the model was built for.
         """
         check_image_size(image, self.image_size)
-        return self.reconstruct_features(self.backbone(image.contiguous(memory_format=torch.channels_last)))
+        return self.reconstruct_features(self.backbone(image))
 
     def reconstruct_features(self, features: Sequence[Tensor]) -> Reconstruction:
         """Reconstruct backbone features.
@@ -183,44 +165,28 @@ class UniASModel(nn.Module):
         )
         inputs = [self.jitter(x) for x in inputs]
 
-        deepest, sources = self._embed(inputs)  # coarse to fine from here on
+        deepest, sources = self.embed(inputs)  # coarse to fine from here on
         tokens = self.decoder(self.query_generator(deepest), sources)
-        maps = [self.norm(t).mT.unflatten(2, deepest.shape[-2:]) for t in tokens]
+        maps = [self.norm(t).mT.unflatten(2, deepest.shape[-2:]) for t in tokens]  # (B, D, h, w)
         reconstructions = [head(x) for head, x in zip(self.heads, maps, strict=True)]
 
         # Back in the backbone's own space, where directions mean what they do in the paper.
         restore = list if standardization is None else standardization.restore
         targets = list(features) if self.target == "features" else restore(low_frequencies)
-        reconstructions = restore(reconstructions[::-1])[::-1]
-        targets = targets[::-1]
-        if self.training and self.anomaly_map.statistics is not None:
-            self.anomaly_map.statistics.update(reconstructions, targets)
-        deviations = None if standardization is None else standardization.deviations[::-1]
-        return Reconstruction(reconstructions, targets, deviations)
+        stds = None if standardization is None else standardization.stds[::-1]
+        return Reconstruction(restore(reconstructions[::-1])[::-1], targets[::-1], stds)
 
-    def _embed(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Return the deepest memory map ``(B, D, h, w)`` and the source tokens ``[(B, N, D)]``, coarse to fine."""
-        embedded = []
-        if recomputes():
-            *fine, deepest = inputs
-            y = self.pixel_decoder.encode(deepest)
-            embed, folded = self.source_embedding.form(y[:, 0].numel()), self.pixel_decoder.folded(y)
-            for *fine_part, y_part in self._parts([*fine, y]):
-                embedded.append([y_part, *self.pixel_decoder.fuse(embed, folded, y_part, *fine_part)])
-        else:
-            for part in self._parts(inputs):
-                memory = self.pixel_decoder(part)
-                embedded.append([memory[0], *self.source_embedding(memory)])
-        deepest, *sources = embedded[0] if len(embedded) == 1 else map(torch.cat, zip(*embedded, strict=True))
-        return deepest, sources
+    def embed(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Decode the pixels and embed what comes of it.
 
-    def _parts(self, maps: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        """Split a batch into parts of some images each, the finest level's map first."""
-        finest, keeps_activations = maps[0], torch.is_grad_enabled() and not recomputes()
-        if keeps_activations or not runs_on_cpu(finest):
-            return [tuple(maps)]
-        image_bytes = self.norm.normalized_shape[0] * finest[0, 0].numel() * finest.element_size()
-        return list(zip(*(x.split(max(1, PART_BYTES // image_bytes)) for x in maps), strict=True))
+        Args:
+            inputs: Decoder inputs ``[(B, 2 C_i, H_i, W_i)]``, fine to coarse.
+
+        Returns:
+            The deepest memory map ``(B, D, h, w)`` and the source tokens ``[(B, N, D)]``, coarse to fine.
+        """
+        memory = self.pixel_decoder(inputs)
+        return memory[0], self.source_embedding(memory)
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> InferenceBatch:

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What processes of a distributed run tell each other, and what they need not."""
+
+from collections.abc import Iterable
+from typing import TypeVar, cast
+
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+def of_all_processes(value: T) -> list[T]:
+    """Return the values of all processes by rank; the value alone without a distributed run."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [value]
+    values: list[T | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return cast("list[T]", values)
+
+
+def keep_constants_local(model: nn.Module, frozen: Iterable[nn.Module]) -> None:
+    """Let `DistributedDataParallel` leave constants alone, all of which it would send from process 0 in every step.
+
+    Constants are all buffers of frozen parts, and buffers outside the state dict, which every process makes by itself.
+
+    Args:
+        model: The model, not yet wrapped.
+        frozen: Parts of it that do not change in training.
+    """
+    still = {id(buffer) for part in frozen for buffer in part.buffers()}
+    saved = model.state_dict().keys()
+    constants = [name for name, buffer in model.named_buffers() if name not in saved or id(buffer) in still]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, constants)

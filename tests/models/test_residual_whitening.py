@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of the reconstruction's errors against NumPy, and what the anomaly map makes of them."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator
+from anomalib_uniass.models.unias.residual_whitening import EXPLAINED, PRIOR, ResidualWhitening
+from anomalib_uniass.models.unias.torch_model import UniASModel
+from tests.models.test_unias_model import TINY
+
+Array = NDArray[np.float64]
+CHANNELS = (6, 4, 3, 3)  # coarse to fine
+
+
+def kind_of_image(kind: int, images: int, *, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return reconstructions and targets of good images.
+
+    Kinds differ in the mean of the coarsest features, in the covariance of errors, and in what is explained: level 2
+    (stride 4) of kind 0 alone, level 1 (stride 2) of both.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    reconstructions, targets = [], []
+    for level, channels in enumerate(CHANNELS):
+        shape = (images, channels, 4 * 2**level, 3 * 2**level)
+        target = torch.randn(shape, generator=generator) + 5 * kind
+        mixing = torch.eye(channels)
+        mixing[kind] = 2.0
+        error = torch.einsum("dc,bchw->bdhw", mixing, torch.randn(shape, generator=generator))
+        explained = level == 3 or (level == 2 and kind == 0)
+        reconstructions.append(target + error * (0.1 if explained else 1.0))
+        targets.append(target)
+    return reconstructions, targets
+
+
+Batches = list[tuple[list[Tensor], list[Tensor]]]
+
+
+def batches() -> Batches:
+    return [kind_of_image(kind, images, seed=seed) for seed in range(4) for kind, images in ((0, 3), (1, 2))]
+
+
+def fit(batches: Batches, *, prototypes: int = 2) -> ResidualWhitening:
+    whitening = ResidualWhitening(CHANNELS, prototypes=prototypes)
+    whitening.fit_clusters(targets[0] for _, targets in batches)
+    whitening.fit(batches)
+    return whitening
+
+
+def fitted() -> tuple[ResidualWhitening, int]:
+    """Return statistics of all batches, and which cluster is kind 0."""
+    whitening = fit(batches())
+    return whitening, int(whitening.clusters(kind_of_image(0, 1, seed=0)[1][0]))
+
+
+def error_covariance(kind: int, level: int) -> Array:
+    """Return the covariance of the errors of the batches."""
+    pairs = [kind_of_image(kind, (3, 2)[kind], seed=seed) for seed in range(4)]
+    error = torch.cat([(r[level] - t[level]).double() for r, t in pairs]).numpy().transpose(1, 0, 2, 3)
+    error = error.reshape(CHANNELS[level], -1)
+    return np.asarray(error @ error.T / error.shape[1])
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_whitening_is_the_inverse_root_of_the_shrunk_covariance(level: int) -> None:
+    whitening, first = fitted()
+    images = {0: 12, 1: 8}
+    own = {kind: error_covariance(kind, level) for kind in images}
+    mean = sum(images[kind] * own[kind] for kind in images) / 20
+    for kind, count in images.items():
+        covariance = (count * own[kind] + PRIOR * mean) / (count + PRIOR)
+        shrunk = (covariance + np.trace(covariance) / len(covariance) * np.eye(len(covariance))) / 2
+        matrix = whitening.get_buffer(f"whitening_{level}")[first if kind == 0 else 1 - first].double().numpy()
+        np.testing.assert_allclose(matrix @ shrunk @ matrix, np.eye(len(matrix)), atol=1e-4)
+
+
+def test_fine_levels_count_where_something_is_explained() -> None:
+    """Level 1 of kind 1 would pass, but level 2 before it does not."""
+    whitening, first = fitted()
+    torch.testing.assert_close(whitening.exponents[first], torch.ones(4))
+    torch.testing.assert_close(whitening.exponents[1 - first], torch.tensor([2.0, 2.0, 0.0, 0.0]))
+    for kind, expected in ((0, True), (1, False)):
+        pairs = [kind_of_image(kind, 3, seed=seed) for seed in range(4)]
+        target = torch.cat([t[2] for _, t in pairs])
+        error = torch.cat([r[2] - t[2] for r, t in pairs])
+        variance = target.var(dim=(0, 2, 3), correction=0).sum()
+        assert bool(1 - error.square().mean(dim=(0, 2, 3)).sum() / variance >= EXPLAINED) is expected
+
+
+def test_images_find_their_cluster() -> None:
+    whitening, _ = fitted()
+    clusters = torch.cat([whitening.clusters(kind_of_image(kind, 7, seed=3)[1][0]) for kind in (0, 1)])
+    assert clusters[:7].unique().numel() == clusters[7:].unique().numel() == 1
+    assert clusters[0] != clusters[-1]
+
+
+def test_more_clusters_than_images() -> None:
+    batch = kind_of_image(0, 3, seed=0)
+    whitening = fit([batch], prototypes=8)
+    assert sorted(whitening.clusters(batch[1][0]).tolist()) == [0, 1, 2]
+    assert all(buffer.isfinite().all() for buffer in whitening.buffers())
+
+
+def test_no_image_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one batch of training images, got none"):
+        ResidualWhitening(CHANNELS, prototypes=2).fit_clusters([])
+    with pytest.raises(ValueError, match="at least one training image, got none"):
+        ResidualWhitening(CHANNELS, prototypes=2).fit([])
+
+
+def test_batches_may_come_in_another_order_and_be_cut_differently() -> None:
+    whole = batches()
+    halves = [
+        ([r[half] for r in reconstructions], [t[half] for t in targets])
+        for reconstructions, targets in reversed(whole)
+        for half in (slice(1), slice(1, None))
+    ]
+    expected = fit(whole).state_dict()
+    for name, value in fit(halves).state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_are_the_identity_until_they_are_fitted_and_are_saved() -> None:
+    whitening, _ = fitted()
+    clusters, x = torch.tensor([0, 1, 1]), kind_of_image(0, 3, seed=5)[1][0]
+    copy = ResidualWhitening(CHANNELS, prototypes=2)
+    torch.testing.assert_close(copy.whiten(0, x, clusters), x)
+    assert whitening.fitted and not copy.fitted
+    copy.load_state_dict(whitening.state_dict())
+    assert copy.fitted
+    assert torch.equal(copy.whiten(0, x, clusters), whitening.whiten(0, x, clusters))
+
+
+def test_map_is_the_product_of_whitened_distances() -> None:
+    whitening, first = fitted()
+    generator = AnomalyMapGenerator((64, 48), whitening=whitening)
+    pairs = [kind_of_image(kind, 1, seed=7) for kind in (0, 1)]
+    reconstructions, targets = ([torch.cat(level) for level in zip(*s, strict=True)] for s in zip(*pairs, strict=True))
+    expected = []
+    for image, kind in enumerate((first, 1 - first)):
+        product = torch.ones(1, 1, 32, 24)
+        for level, blur in enumerate(generator.blurs):
+            matrix = whitening.get_buffer(f"whitening_{level}")[kind].double().numpy()
+            precision = matrix.T @ matrix
+            r, t = (x[level][image].double().numpy() for x in (reconstructions, targets))
+            dot, rr, tt = (np.einsum("chw,cd,dhw->hw", a, precision, b) for a, b in ((r, t), (r, r), (t, t)))
+            distance = torch.from_numpy(1 - dot / np.sqrt(rr * tt)).float()[None, None]
+            level_map = blur(F.interpolate(distance, size=(32, 24), mode="bilinear"))
+            product = product * level_map ** (1.0 if kind == first else (2.0, 2.0, 0.0, 0.0)[level])
+        expected.append(F.interpolate(product, size=(64, 48), mode="bilinear", align_corners=True))
+    torch.testing.assert_close(generator(reconstructions, targets), torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_map_uses_the_statistics() -> None:
+    images = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    plain, model = UniASModel(**TINY).eval(), UniASModel(**TINY, prototypes=2).eval()
+    names = {name for name in model.state_dict() if name.startswith("anomaly_map.whitening.")}
+    assert set(model.state_dict()) - set(plain.state_dict()) == names
+    torch.testing.assert_close(model(images).anomaly_map, plain(images).anomaly_map)  # of no image yet
+    reconstruction = plain.reconstruct(images)
+    model.anomaly_map.whitening.fit([reconstruction[:2]])
+    for expected, actual in zip(reconstruction[:2], model.reconstruct(images)[:2], strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert not torch.allclose(model(images).anomaly_map, plain(images).anomaly_map, rtol=0.01)
