@@ -160,8 +160,8 @@ def train(
     model_class: type[UniAS | UniAD], folder: Path, root: Path, *, every: int, workers: int = 0, **fit: Any
 ) -> Engine:
     """Train four epochs from a seed."""
-    options = {"standardize_features": True, "lr_schedule": "onecycle"}
-    model = model_class(**SMALL, **options, **({"prototypes": 2} if model_class is UniAS else {}))
+    ours = {"standardize_features": True, "prototypes": 2} if model_class is UniAS else {}
+    model = model_class(**SMALL, lr_schedule="onecycle", **ours)
     seed_everything(fit.pop("seed", 7), verbose=False)
     callbacks = [Kill(fit.pop("kill"))] if "kill" in fit else []
     run = engine(folder, max_epochs=4, check_val_every_n_epoch=every, callbacks=callbacks)
