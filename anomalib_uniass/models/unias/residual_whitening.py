@@ -21,7 +21,7 @@ SHRINKAGE = 0.5
 COARSE_LEVELS = 2
 """Levels that are compared in any case; their strides of 16 and 8 are those of memory banks."""
 
-EXPLAINED = 1 / 3
+EXPLAINED = 0.3
 """Share of the variance of training images that the reconstruction must explain on a finer level."""
 
 Levels = Sequence[Tensor]
@@ -37,7 +37,7 @@ class ResidualWhitening(nn.Module):
     - Which directions say little. What cannot be predicted of a good surface, its grain for one, is an error of every
       good image. With S the covariance of a cluster's errors, shrunk towards that of all clusters and then half-way to
       a multiple of the identity, features are multiplied by S^(-1/2) before they are compared.
-    - Which levels say little. Where the reconstruction explains less than a third of the variance of a cluster's
+    - Which levels say little. Where the reconstruction explains less than three tenths of the variance of a cluster's
       features on a fine level, that level and the finer ones are left out.
 
     The identity until :meth:`fit` has seen the training set.
