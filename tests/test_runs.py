@@ -116,6 +116,21 @@ def test_early_stopping_on_a_training_metric_leaves_the_last_weights(root: Path,
     assert (checkpoint_of(longer)["epoch"], checkpoint_of(longer)["global_step"]) == (1, 2 * BATCHES)
 
 
+@pytest.mark.parametrize("ending", ["length", "validation"])
+def test_statistics_of_the_last_weights_come_before_thresholds_and_checkpoint(
+    ending: str, root: Path, tmp_path: Path
+) -> None:
+    """Also where a validation ends the run: it is repeated with the statistics."""
+    stop = [EarlyStopping("val_loss", min_delta=1e9, patience=1)] if ending == "validation" else []
+    run, model = engine(tmp_path, max_epochs=5 if stop else 2, callbacks=stop), UniAS(**SMALL, prototypes=2)
+    run.fit(model, datamodule=data(root))
+    assert checkpoint_of(run)["global_step"] == 2 * BATCHES
+    saved = UniAS.load_from_checkpoint(run.best_model_path).model.anomaly_map.whitening
+    assert saved is not None and saved.fitted
+    assert torch.equal(saved.whitening_0, model.model.anomaly_map.whitening.whitening_0)
+    check_thresholds(run.best_model_path, root, tmp_path)
+
+
 def test_best_checkpoint_by_validation_loss_sees_the_last_weights(root: Path, tmp_path: Path) -> None:
     best = ModelCheckpoint(dirpath=tmp_path / "best", monitor="val_loss", save_top_k=-1)
     run = engine(tmp_path, max_epochs=3, check_val_every_n_epoch=2, callbacks=[best])

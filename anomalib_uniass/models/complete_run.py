@@ -28,11 +28,14 @@ class CompleteRunMixin(Base):
     validation.
     """
 
+    _validated_batch: int | None = None
+    """Training batch after which the weights were validated."""
     _completed_batch: int | None = None
     """Training batch after which the last weights were completed."""
 
-    def take_statistics(self) -> None:
-        """Take what a model needs of the training set and its last weights."""
+    def take_statistics(self) -> bool:
+        """Take what a model needs of the training set and its last weights, and tell whether that changed the model."""
+        return False
 
     def setup(self, stage: str) -> None:
         """Make checkpoints whole or not at all, unless the user brought a writer of checkpoints."""
@@ -40,15 +43,17 @@ class CompleteRunMixin(Base):
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is AnomalibCheckpointIO:
             strategy.checkpoint_io = WholeCheckpointIO(strategy.checkpoint_io.extra_safe_globals)
-        self._completed_batch = None
+        self._validated_batch = self._completed_batch = None
 
     def on_validation_start(self) -> None:
         """Complete the weights, if they are the last."""
         super().on_validation_start()
-        batch = self.trainer.fit_loop.total_batch_idx
-        if self.trainer.state.fn == TrainerFn.FITTING and batch != self._completed_batch and self._training_ends():
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._validated_batch = self.trainer.fit_loop.total_batch_idx
+        if self._validated_batch != self._completed_batch and self._training_ends():
             self.take_statistics()
-            self._completed_batch = batch
+            self._completed_batch = self._validated_batch
 
     def on_train_epoch_end(self) -> None:
         """Complete the last weights, if this is the last epoch and no validation did."""
@@ -77,8 +82,9 @@ class CompleteRunMixin(Base):
         trainer = self.trainer
         if self._completed_batch == trainer.fit_loop.total_batch_idx:
             return
-        self.take_statistics()
         self._completed_batch = trainer.fit_loop.total_batch_idx
+        if not self.take_statistics() and self._validated_batch == self._completed_batch:
+            return
         for callback in trainer.checkpoint_callbacks:
             callback._last_global_step_saved = 0  # type: ignore[attr-defined]  # they save a step once, and what belongs to it has just changed
         validation = trainer.fit_loop.epoch_loop.val_loop

@@ -187,17 +187,18 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             standardization.fit(self.model.backbone(image) for image in self.training_batches(STANDARDIZATION_BATCHES))
 
     @torch.no_grad()
-    def take_statistics(self) -> None:
-        """Take the statistics of the last weights' errors over the training set."""
+    def take_statistics(self) -> bool:
+        """Take the statistics of the last weights' errors over the training set, if there are to be any."""
         whitening = self.model.anomaly_map.whitening
         if whitening is None:
-            return
+            return False
         logger.info("Taking the statistics of the errors over the training set.")
         training = self.model.training
         self.model.eval()
         whitening.fit_clusters(self.model.backbone(image)[-1] for image in self.training_images())
         whitening.fit(self.model.reconstruct(image)[:2] for image in self.training_images())
         self.model.train(training)
+        return True
 
     def on_test_start(self) -> None:
         """Say where the weights of an unfinished training have no statistics of their errors."""
