@@ -95,6 +95,8 @@ class CompleteRunMixin(Base):
         if not trainer.enable_validation or validation.skip:  # there is nothing to validate with
             for callback in trainer.checkpoint_callbacks:
                 callback.on_validation_end(trainer, self)
+        for callback in trainer.checkpoint_callbacks:  # some save at the end of an epoch, which may be over
+            callback.on_train_epoch_end(trainer, self)
 
     def on_fit_end(self) -> None:
         """Say that anomalib's own post-processor has no thresholds; that of this package says it by itself."""
