@@ -191,7 +191,7 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
         yield from self._inputs(
             DataLoader(
                 loader.dataset,
-                loader.batch_size,
+                loader.batch_size or 1,  # none where the user's loader has a batch sampler
                 sampler=share,
                 num_workers=loader.num_workers,
                 collate_fn=loader.collate_fn,

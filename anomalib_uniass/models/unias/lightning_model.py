@@ -66,7 +66,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             whole run, for short trainings.
         lr_step_epochs: Epochs between the steps of ``step``.
         max_epochs: Length of the training. A value given here overrides the trainer's; None leaves it to the trainer.
-        accelerate: Compute with exact rewrites of the paper's modules, several times as fast and in half of the memory
+        accelerate: Compute with exact rewrites of the paper's modules, twice as fast and in half of the memory
             (:mod:`anomalib_uniass.acceleration`).
         seed: Seed of the initial weights.
         pre_processor: Pre-processor, or True for resize and normalisation with the backbone's statistics.
