@@ -86,7 +86,7 @@ def run_python(tmp_path: Path) -> Callable[..., str]:
             env=os.environ | environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
             check=False,
         )
         assert result.returncode == 0, result.stdout + result.stderr

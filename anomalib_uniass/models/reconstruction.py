@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_seed, check_text, check_whole
@@ -186,7 +186,7 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
 
     def training_images(self) -> Iterator[Tensor]:
         """Yield every training image once, in order, each process its share: model inputs ``(B, 3, H, W)``."""
-        loader = self._training_loader()
+        loader = self.indexed_training_loader()
         share = range(self.trainer.global_rank, len(loader.dataset), self.trainer.world_size)
         yield from self._inputs(
             DataLoader(
@@ -197,6 +197,22 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
                 collate_fn=loader.collate_fn,
             )
         )
+
+    def indexed_training_loader(self) -> DataLoader[Any]:
+        """Return a loader whose dataset has its images by number.
+
+        Raises:
+            TypeError: If the training set comes otherwise.
+        """
+        loader = self._training_loader()
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            kind = type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__
+            msg = (
+                "What this model takes of every training image needs one torch DataLoader of a dataset with a length, "
+                f"got {kind}. Give it that, or better a datamodule: Unified of this package."
+            )
+            raise TypeError(msg)
+        return loader
 
     def _training_loader(self) -> Any:
         """Return a new loader of the training set, or the user's own."""

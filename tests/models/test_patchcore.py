@@ -145,3 +145,18 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
 def test_validation_without_a_bank_says_so() -> None:
     with pytest.raises(RuntimeError, match="saw no training images"):
         bank().on_validation_start()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-true"])
+def test_distances_are_float32_whatever_the_precision(precision: str, tmp_path: Path) -> None:
+    root = make_mvtec_layout(tmp_path / "parts", ["bolt"])
+    data = Unified(root=root, train_batch_size=4, eval_batch_size=4, num_workers=0)
+    model = bank(coreset_size=50, max_patches=100, post_processor=False)
+    maps = []
+    for trainer in (precision, "32-true"):
+        run = Engine(default_root_dir=tmp_path, accelerator="cpu", precision=trainer, logger=False)
+        if not maps:
+            run.fit(model, datamodule=data)
+        maps.append(torch.cat([batch.anomaly_map for batch in run.predict(model, datamodule=data)]))
+    assert model.model.memory_bank.dtype == torch.float32
+    torch.testing.assert_close(*maps, rtol=0, atol=0)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The torch model and its Lightning wrapper: shapes, choices, errors, checkpoints, training through the engine."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch._inductor import config as inductor_config
+from torch.utils.data import DataLoader, IterableDataset
 from torchvision.transforms.v2 import Resize
 
 from anomalib_uniass import UniAS, Unified, acceleration, load_official_checkpoint
@@ -191,6 +194,39 @@ def test_checkpoint_round_trip_and_resume(root: Path, tmp_path: Path) -> None:
     assert longer.trainer.global_step == 3 * len(data.train_dataloader())
     torch.testing.assert_close(again.model.standardization.std_2, model.model.standardization.std_2, rtol=0, atol=0)
     assert not torch.equal(again.model.anomaly_map.whitening.whitening_0, whitening.whitening_0)  # of the last weights
+
+
+class Stream(IterableDataset[Any]):
+    """Images without numbers."""
+
+    def __init__(self, images: Any) -> None:
+        self.images = images
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.images)
+
+
+@pytest.mark.parametrize("kind", ["Stream", "list", "CombinedLoader"])
+def test_statistics_of_every_image_need_images_by_number(kind: str, root: Path, tmp_path: Path) -> None:
+    data = datamodule(root)
+    data.setup()
+    loader = data.train_dataloader()
+    loaders = {
+        "Stream": DataLoader(Stream(loader.dataset), batch_size=4, collate_fn=loader.collate_fn),
+        "list": [loader, loader],
+        "CombinedLoader": CombinedLoader([loader], "sequential"),
+    }
+    model = UniAS(**TINY, prototypes=2, visualizer=False)
+    with pytest.raises(TypeError, match=f"needs one torch DataLoader of a dataset with a length, got {kind}"):
+        engine(tmp_path, max_epochs=1).fit(model, train_dataloaders=loaders[kind])
+
+
+def test_a_loader_of_the_user_will_do(root: Path, tmp_path: Path) -> None:
+    data = datamodule(root)
+    data.setup()
+    model = UniAS(**TINY, prototypes=2, visualizer=False)
+    engine(tmp_path, max_epochs=1).fit(model, train_dataloaders=data.train_dataloader())
+    assert model.model.anomaly_map.whitening.fitted
 
 
 def test_checkpoint_of_another_configuration_is_refused(root: Path, tmp_path: Path) -> None:

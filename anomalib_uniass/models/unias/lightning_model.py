@@ -180,7 +180,13 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         self.complete_pre_processor(pre_processor, image_size)
 
     def on_fit_start(self) -> None:
-        """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them."""
+        """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them.
+
+        Raises:
+            TypeError: If there are to be statistics of the errors and the training images have no numbers.
+        """
+        if self.model.anomaly_map.whitening is not None:
+            self.indexed_training_loader()  # they are taken when the training ends: too late to find out
         standardization = self.model.standardization
         if standardization is not None and not standardization.fitted:
             logger.info("Standardising backbone features over up to %d training batches.", STANDARDIZATION_BATCHES)
