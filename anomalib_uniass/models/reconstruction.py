@@ -3,7 +3,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import Any, ClassVar, Literal, cast, get_args
 
@@ -187,7 +187,7 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
     def training_images(self) -> Iterator[Tensor]:
         """Yield every training image once, in order, each process its share: model inputs ``(B, 3, H, W)``."""
         loader = self.indexed_training_loader()
-        share = range(self.trainer.global_rank, len(loader.dataset), self.trainer.world_size)
+        share = range(self.trainer.global_rank, len(cast("Sized", loader.dataset)), self.trainer.world_size)
         yield from self._inputs(
             DataLoader(
                 loader.dataset,
@@ -205,11 +205,11 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
             TypeError: If the training set comes otherwise.
         """
         loader = self._training_loader()
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            kind = type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__
+        source = loader.dataset if isinstance(loader, DataLoader) else loader
+        if source is loader or isinstance(source, IterableDataset) or not isinstance(source, Sized):
             msg = (
                 "What this model takes of every training image needs one torch DataLoader of a dataset with a length, "
-                f"got {kind}. Give it that, or better a datamodule: Unified of this package."
+                f"got {type(source).__name__}. Give it that, or better a datamodule: Unified of this package."
             )
             raise TypeError(msg)
         return loader
