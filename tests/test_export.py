@@ -255,6 +255,18 @@ def test_options_that_are_not_the_papers_are_exported(
         check_float_operations(ov.Core().read_model(path))
 
 
+@pytest.mark.slow
+def test_full_size_takes_any_batch(tmp_path: Path) -> None:
+    """The rewrite that saves memory is there for large maps alone."""
+    model = UniAS(pre_trained=False, seed=0, post_processor=False).eval()
+    torch.nn.init.uniform_(model.model.norm.weight, 0.5, 1.5)  # an untrained one is not exported
+    exported = OpenVINOInferencer(model.to_openvino(tmp_path), device="CPU", config=FLOAT32).model
+    for batch in (1, 3):
+        images = torch.rand(batch, 3, 224, 224)
+        expected = model(images).anomaly_map.numpy()
+        np.testing.assert_allclose(exported(images)["anomaly_map"], expected, rtol=1e-3, atol=1e-5 * expected.max())
+
+
 def test_inferencers_and_their_pictures_equal_engine_predict(
     trained: UniAS,
     folder: Path,

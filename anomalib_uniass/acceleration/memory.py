@@ -71,10 +71,13 @@ def checkpointed_embed(
     """
     *fine, deepest = inputs
     encoded = pixel_decoder.encode(deepest)
-    images = _images_at_a_time(pixel_decoder, fine[0]) if runs_on_cpu(deepest) else len(deepest)
+    batch = (encoded, *reversed(fine))
+    if not runs_on_cpu(deepest):  # a graph is not cut, for its batch may have any size
+        return encoded, _embed_part(pixel_decoder, source_embedding, *batch)
+    images = _images_at_a_time(pixel_decoder, fine[0])
     parts = [
         _embed_part(pixel_decoder, source_embedding, *part)
-        for part in zip(*(x.split(images) for x in (encoded, *reversed(fine))), strict=True)
+        for part in zip(*(x.split(images) for x in batch), strict=True)
     ]
     return encoded, parts[0] if len(parts) == 1 else [torch.cat(sources) for sources in zip(*parts, strict=True)]
 

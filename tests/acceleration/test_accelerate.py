@@ -83,6 +83,15 @@ def test_gradients_are_the_plain_model_s(
         assert close(gradients[1][name], gradient), name
 
 
+def test_exported_graph_takes_any_batch(plain: UniASModel, images: Tensor) -> None:
+    model = copy.deepcopy(plain).eval()
+    accelerate(model)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (images,), dynamic_shapes={"image": {0: batch}}).module()
+    for some in (images[:1], images, torch.cat([images, images[:1]])):
+        assert close(exported(some).anomaly_map, plain.eval()(some).anomaly_map)
+
+
 @pytest.mark.parametrize("part_bytes", [1, 2**40], ids=["image by image", "whole batch"])
 def test_batches_may_be_cut(
     plain: UniASModel, images: Tensor, part_bytes: int, monkeypatch: pytest.MonkeyPatch
