@@ -51,6 +51,7 @@ def test_speed_benchmark_writes_ratios_of_everything_it_measures(
 
     whole = {row["variant"]: row["gflop"] for row in results["operations"]["rows"] if row["part"] == "all"}
     assert whole["UniAS accelerated, float32"] < whole["UniAS plain, float32"]
+    assert all(row["gflop"] > 0 for row in results["operations"]["rows"] if row["part"] in ("pixel_decoder", "decoder"))
     report = (tmp_path / "speed.md").read_text()
     assert all(key in report for key in RATIOS)
     assert "What bounds the rest" in report
