@@ -163,6 +163,7 @@ def build_variants(
             report.skip(name, error)
             continue
         predicts[name] = predict, size
+        report.results["skipped"].pop(name, None)  # by an earlier call
         if name == PLAIN:
             reference = anomaly_map
         if name.startswith("UniAS"):
