@@ -129,6 +129,11 @@ def spread(seconds: list[float], images: int) -> Row:
     return {"ms_per_image": round(median, 3), "iqr_ms": round(high - low, 3), "rounds": len(seconds)}
 
 
+def speedup(base: list[float], seconds: list[float]) -> float:
+    """Return the median of the ratios within the rounds: a machine that slows down for some seconds slows both."""
+    return round(float(np.median(np.divide(base, seconds))), 3)
+
+
 def inference(setup: Setup, report: Report) -> list[Row]:
     """Time every variant that can be built, at every batch size."""
     rows: list[Row] = []
@@ -143,7 +148,7 @@ def inference(setup: Setup, report: Report) -> list[Row]:
             for name, values in seconds.items():
                 row = {"variant": name, "batch": batch, **spread(values, batch)}
                 base = seconds[TRAINED if name.startswith("trained") else PLAIN]
-                row["speedup"] = round(float(np.median(base) / np.median(values)), 3)
+                row["speedup"] = speedup(base, values)
                 rows.append({**row, "map_difference": differences.get(name)})  # None where no map compares
             report.add("inference", rows)
     return rows
@@ -221,7 +226,10 @@ def training(setup: Setup, _: Report) -> Row:
         losses[name] = [step(number) for number in range(setup.train_steps)]
     plain = np.array(losses[PLAIN])
     return {
-        "rows": [{"variant": name, "batch": TRAIN_BATCH, **spread(warm[name], TRAIN_BATCH)} for name in warm],
+        "rows": [
+            {"variant": name, "batch": TRAIN_BATCH, **spread(s, TRAIN_BATCH), "speedup": speedup(warm[PLAIN], s)}
+            for name, s in warm.items()
+        ],
         "steps": setup.train_steps,
         "losses": losses,
         "largest_relative_loss_difference": {
