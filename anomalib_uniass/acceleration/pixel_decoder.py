@@ -54,8 +54,8 @@ class FoldedFPNLevel(Folded):
         return upsampled.add_(maps.view_as(upsampled))
 
     def activate(self, fused: Tensor) -> Tensor:
-        """Normalise and rectify."""
-        return F.relu(self.output_norm(fused))
+        """Normalise and rectify, in place: the backward pass of the norm wants its input alone."""
+        return self.output_norm(fused).relu_()
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """Fold upsampling into the convolution."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from anomalib_uniass import acceleration
 from anomalib_uniass.acceleration import REWRITES, accelerate, memory
+from anomalib_uniass.acceleration.source_embedding import FoldedSourceEmbedding
 from anomalib_uniass.models.unias.loss import ReconstructionLoss
 from anomalib_uniass.models.unias.torch_model import UniASModel
 
@@ -100,6 +101,23 @@ def test_batches_may_be_cut(
     model = copy.deepcopy(plain)
     accelerate(model, ["memory"])
     assert close(model.eval()(images).anomaly_map, plain.eval()(images).anomaly_map)
+
+
+def test_a_batch_that_is_cut_folds_its_source_embedding_once(
+    plain: UniASModel, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "PART_BYTES", 1)
+    model = copy.deepcopy(plain).train()
+    accelerate(model, ["embedding", "memory"])
+    embedding, folds = model.source_embedding, []
+    assert isinstance(embedding, FoldedSourceEmbedding)
+    monkeypatch.setattr(embedding, "fold", lambda: folds.append(1) or FoldedSourceEmbedding.fold(embedding))
+    for each in (plain.train(), model):
+        each.zero_grad()
+        ReconstructionLoss()(*each.reconstruct(images)).backward()
+    assert len(folds) == 1
+    for ours, theirs in zip(embedding.parameters(), plain.source_embedding.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None and close(ours.grad, theirs.grad)
 
 
 def write_data(model: UniASModel) -> UniASModel:
