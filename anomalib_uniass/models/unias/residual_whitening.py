@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_uniass.distribution import of_all_processes
 from anomalib_uniass.layers.precision import full_precision, widen
 
-PRIOR = 50
+PRIOR = 3
 """Images of a cluster that weigh as much as the mean over all clusters."""
 
 SHRINKAGE = 0.5
