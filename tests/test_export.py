@@ -28,6 +28,7 @@ from sklearn.metrics import average_precision_score
 from anomalib_uniass import UniAD, UniAS, Unified
 from anomalib_uniass.deploy import export as exporting
 from anomalib_uniass.deploy.quantization import float_operations
+from anomalib_uniass.models.unias import lightning_model
 
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 OUTPUTS = ("anomaly_map", "pred_score", "pred_label", "pred_mask")
@@ -233,12 +234,14 @@ def test_defects_are_found_in_large_images_in_the_precision_that_openvino_takes(
 @pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "accelerate"), [("tf_efficientnet_lite0", True), ("resnet18", False)])
 def test_options_that_are_not_the_papers_are_exported(
-    folder: Path, tmp_path: Path, backbone: str, accelerate: bool
+    folder: Path, tmp_path: Path, backbone: str, accelerate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Standardised features and statistics of errors, behind folded heads and plain ones."""
+    """Standardised features, statistics of errors and a segmentation head, behind folded heads and plain ones."""
+    monkeypatch.setattr(lightning_model, "SEGMENTATION_STEPS", 10)
     model = UniAS(
         backbone=backbone, pre_trained=False, image_size=(128, 128), hidden_dim=32, feedforward_dim=32,
-        standardize_features=True, target="features", prototypes=2, accelerate=accelerate, seed=0,
+        standardize_features=True, target="features", prototypes=2, segmentation_head=True, accelerate=accelerate,
+        seed=0,
     )  # fmt: skip
     run = engine(tmp_path, max_epochs=1)
     run.fit(model, datamodule=photos(folder))

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_seed, check_text, check_whole
@@ -188,13 +188,19 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
         """Yield every training image once, in order, each process its share: model inputs ``(B, 3, H, W)``."""
         loader = self.indexed_training_loader()
         share = range(self.trainer.global_rank, len(cast("Sized", loader.dataset)), self.trainer.world_size)
-        yield from self._inputs(
+        return self._numbered(loader, share, loader.batch_size or 1)  # none where it has a batch sampler
+
+    def random_training_images(self, batches: int, *, size: int) -> Iterator[Tensor]:
+        """Yield batches of random training images: model inputs ``(size, 3, H, W)``."""
+        loader = self.indexed_training_loader()
+        sampler = RandomSampler(cast("Sized", loader.dataset), replacement=True, num_samples=batches * size)
+        return self._numbered(loader, sampler, size)
+
+    def _numbered(self, loader: DataLoader[Any], numbers: Iterable[int], size: int) -> Iterator[Tensor]:
+        """Yield the images with these numbers in batches of a size."""
+        return self._inputs(
             DataLoader(
-                loader.dataset,
-                loader.batch_size or 1,  # none where the user's loader has a batch sampler
-                sampler=share,
-                num_workers=loader.num_workers,
-                collate_fn=loader.collate_fn,
+                loader.dataset, size, sampler=numbers, num_workers=loader.num_workers, collate_fn=loader.collate_fn
             )
         )
 

@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_uniass import UniAS, Unified
 from anomalib_uniass.metrics import CategoryMetricsCallback
+from anomalib_uniass.models.unias import lightning_model
 
 SMALL: dict[str, Any] = {
     "backbone": "resnet18",
@@ -101,7 +102,8 @@ class Sent(Callback):
 
 def train(processes: int, root: Path, folder: Path) -> dict[str, Any]:
     """Train and test a model whose weights differ between the processes at first, the frozen ones included."""
-    model, sent = UniAS(**SMALL, seed=None, prototypes=2), Sent()
+    lightning_model.SEGMENTATION_STEPS = 3
+    model, sent = UniAS(**SMALL, seed=None, prototypes=2, segmentation_head=True), Sent()
     runner = engine(processes, folder, sent)
     start = float(model.model.backbone.network.conv1.weight.sum())
     runner.fit(model, datamodule=unified(root, folder))

@@ -16,9 +16,12 @@ from anomalib.visualization import Visualizer
 from anomalib_uniass import acceleration
 from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_whole, parse_image_size
 from anomalib_uniass.deploy.quantization import quantize_reconstruction
+from anomalib_uniass.distribution import of_all_processes
+from anomalib_uniass.layers.seeding import seeded
 from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_arguments
 from anomalib_uniass.models.unias.anomaly_map import ImageScore
 from anomalib_uniass.models.unias.loss import CosineTerm, ReconstructionLoss
+from anomalib_uniass.models.unias.segmentation_head import SegmentationHead
 from anomalib_uniass.models.unias.torch_model import Target, UniASModel
 from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor, warn
 
@@ -29,6 +32,12 @@ logger = logging.getLogger(__name__)
 
 STANDARDIZATION_BATCHES = 100
 """Batches of the training set over which features are standardised, at most."""
+
+SEGMENTATION_STEPS = 500
+"""Steps of the segmentation head's training, at most; a shorter training of the model gives it as few."""
+
+SEGMENTATION_BATCH = 8
+"""Images of such a step."""
 
 
 class UniAS(ReconstructionMixin, AnomalibModule):
@@ -56,6 +65,8 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             are taken when the training ends, to weigh errors by: what the model cannot predict of a cluster's good
             surfaces counts less, and fine levels count where it explains something there. Twice the number of
             categories will do; 0, as in the paper, weighs all errors alike.
+        segmentation_head: Segment by the residuals too, as a small network learns it from pseudo-defects when the
+            training ends; its map is averaged with that of the distances. Not in the paper.
         loss_weight: Weight of the loss; the release takes 10 for MVTec AD and 1 for VisA.
         cosine_term: ``distance``, the paper's 1 - cos, or ``release``, the + cos of the official code.
         score: Image score of a map: its standard deviation (``std``), its maximum (``max``), or the mean of its
@@ -95,6 +106,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         "standardize_features",
         "target",
         "prototypes",
+        "segmentation_head",
     )
 
     def __init__(
@@ -111,6 +123,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         standardize_features: bool = False,
         target: Target = "low_frequencies",
         prototypes: int = 0,
+        segmentation_head: bool = False,
         loss_weight: float = 10.0,
         cosine_term: CosineTerm = "distance",
         score: ImageScore = "std",
@@ -149,6 +162,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         check_flag("standardize_features", standardize_features)
         check_whole("hidden_dim", hidden_dim, at_least=1)
         check_whole("prototypes", prototypes, at_least=0)
+        check_flag("segmentation_head", segmentation_head)
         check_number("loss_weight", loss_weight, above=0)
         check_flag("accelerate", accelerate)
         super().__init__(
@@ -171,6 +185,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             standardize_features=standardize_features,
             target=target,
             prototypes=prototypes,
+            segmentation_head=segmentation_head,
             score=score,
             seed=seed,
         )
@@ -183,10 +198,10 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them.
 
         Raises:
-            TypeError: If there are to be statistics of the errors and the training images have no numbers.
+            TypeError: If the end of the training takes images by number and the training set has none.
         """
-        if self.model.anomaly_map.whitening is not None:
-            self.indexed_training_loader()  # they are taken when the training ends: too late to find out
+        if self.model.anomaly_map.whitening is not None or self.model.segmentation_head is not None:
+            self.indexed_training_loader()  # at the end it is too late to find out
         standardization = self.model.standardization
         if standardization is not None and not standardization.fitted:
             logger.info("Standardising backbone features over up to %d training batches.", STANDARDIZATION_BATCHES)
@@ -194,34 +209,56 @@ class UniAS(ReconstructionMixin, AnomalibModule):
 
     @torch.no_grad()
     def take_statistics(self) -> bool:
-        """Take the statistics of the last weights' errors over the training set, if there are to be any."""
-        whitening = self.model.anomaly_map.whitening
-        if whitening is None:
+        """Take the statistics of the last weights' errors and train the segmentation head, if they are to be had."""
+        whitening, head = self.model.anomaly_map.whitening, self.model.segmentation_head
+        if whitening is None and head is None:
             return False
-        logger.info("Taking the statistics of the errors over the training set.")
         training = self.model.training
         self.model.eval()
-        whitening.fit_clusters(self.model.backbone(image)[-1] for image in self.training_images())
-        whitening.fit(self.model.reconstruct(image)[:2] for image in self.training_images())
+        if whitening is not None:
+            logger.info("Taking the statistics of the errors over the training set.")
+            whitening.fit_clusters(self.model.backbone(image)[-1] for image in self.training_images())
+            whitening.fit(self.model.reconstruct(image)[:2] for image in self.training_images())
+        if head is not None:
+            self._fit_segmentation_head(head)
         self.model.train(training)
         return True
 
+    def _fit_segmentation_head(self, head: SegmentationHead) -> None:
+        """Train the segmentation head on process 0, for all of a distributed run."""
+        steps = max(1, min(SEGMENTATION_STEPS, self.trainer.global_step))
+        logger.info("Training the segmentation head, %d steps.", steps)
+        if self.trainer.is_global_zero:
+            with seeded(0):
+                head.fit(
+                    self.random_training_images(steps, size=SEGMENTATION_BATCH),
+                    lambda image: self.model.reconstruct(image)[:2],
+                    steps=steps,
+                )
+        state = {name: value.cpu() for name, value in head.state_dict().items()}
+        head.load_state_dict(of_all_processes(state)[0])
+
     def on_test_start(self) -> None:
-        """Say where the weights of an unfinished training have no statistics of their errors."""
+        """Say what the weights of an unfinished training lack."""
         super().on_test_start()
-        self._warn_of_missing_statistics()
+        self._warn_of_what_is_missing()
 
     def on_predict_start(self) -> None:
-        """Say where the weights of an unfinished training have no statistics of their errors."""
+        """Say what the weights of an unfinished training lack."""
         super().on_predict_start()
-        self._warn_of_missing_statistics()
+        self._warn_of_what_is_missing()
 
-    def _warn_of_missing_statistics(self) -> None:
-        whitening = self.model.anomaly_map.whitening
+    def _warn_of_what_is_missing(self) -> None:
+        whitening, head = self.model.anomaly_map.whitening, self.model.segmentation_head
         if whitening is not None and not whitening.fitted:
             warn(
                 "These weights have no statistics of their errors, which `prototypes` asks for: they are taken when a "
                 "training ends, and this one did not. All errors weigh alike."
+            )
+        if head is not None and not head.fitted:
+            warn(
+                "The segmentation head is not trained: it is when a training ends, and this one did not. The map is "
+                "that of the distances."
             )
 
     def configure_post_processor(self) -> PostProcessor:

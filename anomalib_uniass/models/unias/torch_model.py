@@ -22,6 +22,7 @@ from anomalib_uniass.models.unias.heads import ReconstructionHead
 from anomalib_uniass.models.unias.pixel_decoder import NORM_GROUPS, FPNPixelDecoder
 from anomalib_uniass.models.unias.queries import GatedQueryGenerator
 from anomalib_uniass.models.unias.residual_whitening import ResidualWhitening
+from anomalib_uniass.models.unias.segmentation_head import SegmentationHead
 from anomalib_uniass.models.unias.source_embedding import SourceEmbedding
 
 Target = Literal["low_frequencies", "features"]
@@ -63,6 +64,7 @@ class UniASModel(nn.Module):
         target: What is reconstructed: the ``low_frequencies`` of the features, as in the paper, or the ``features``.
         prototypes: Clusters of images that have statistics of their errors, to compare by; 0, as in the paper,
             does without.
+        segmentation_head: Segment by the residuals too, as learned from pseudo-defects. Not in the paper.
         score: Reduction of the map to the image score.
         seed: Seed of the initial weights; leaves torch's global generator alone. None draws from the latter.
 
@@ -85,6 +87,7 @@ class UniASModel(nn.Module):
         standardize_features: bool = False,
         target: Target = "low_frequencies",
         prototypes: int = 0,
+        segmentation_head: bool = False,
         score: ImageScore = "std",
         seed: int | None = None,
     ) -> None:
@@ -124,6 +127,9 @@ class UniASModel(nn.Module):
             whitening = ResidualWhitening(channels[::-1], prototypes=prototypes) if prototypes else None
             self.anomaly_map = AnomalyMapGenerator(image_size, levels=levels, whitening=whitening)
             self._reset_parameters()
+            self.segmentation_head = (
+                SegmentationHead(channels[::-1], image_size=image_size) if segmentation_head else None
+            )
 
     def _reset_parameters(self) -> None:
         """Initialise as the release does; pixel decoder, source embedding and heads look after themselves."""
@@ -203,7 +209,10 @@ class UniASModel(nn.Module):
     @torch.no_grad()
     def detect(self, reconstruction: Reconstruction) -> InferenceBatch:
         """Return raw anomaly map ``(B, 1, H, W)`` and raw image score ``(B,)`` of a reconstruction."""
-        anomaly_map = self.anomaly_map(reconstruction.reconstructions, reconstruction.targets)
+        reconstructions, targets, _ = reconstruction
+        anomaly_map = self.anomaly_map(reconstructions, targets)
+        if self.segmentation_head is not None:
+            anomaly_map = self.segmentation_head.refine(anomaly_map, reconstructions, targets)
         return InferenceBatch(anomaly_map=anomaly_map, pred_score=image_score(anomaly_map, reduction=self.score))
 
 

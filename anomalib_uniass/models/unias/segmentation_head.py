@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segmentation head: learns from pseudo-defects how the residual of a defect looks (not in the paper; default off)."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.optim.lr_scheduler import OneCycleLR
+from torchvision.ops import sigmoid_focal_loss
+
+from anomalib_uniass.layers.precision import full_precision, widen
+from anomalib_uniass.models.unias.anomaly_map import cosine_distance
+from anomalib_uniass.models.unias.pseudo_defects import add_pseudo_defects
+
+WIDTH = 64
+LEVEL_WIDTH = 32
+"""Channels that each level's residual is reduced to."""
+
+RARE = 0.01
+"""Share of defective pixels that an untrained head expects."""
+
+WEIGHT = 0.25
+"""Weight of the head's probabilities beside the distances of the reconstruction."""
+
+LEARNING_RATE = 2e-3
+FOCAL_WEIGHT = 10.0
+
+Levels = Sequence[Tensor]
+"""Features ``(B, C_j, H_j, W_j)`` of the levels, coarse to fine."""
+
+
+class SegmentationHead(nn.Module):
+    """Segment defects by the residual of the reconstruction: ``[(B, C_j, H_j, W_j)] x 2 -> logits (B, 1, H, W)``.
+
+    It sees the squared differences of the normalised features and their cosine distances at a quarter of the image
+    size, so that no image is segmented by how it looks itself. As in INP-Former++ (Luo et al., 2025) it is trained on
+    pseudo-defects behind a reconstruction that it does not change, and its map is averaged with the residual's.
+
+    Args:
+        channels: Channels C_j of the levels, coarse to fine.
+        image_size: Height H and width W of the image, multiples of 4.
+    """
+
+    fitted: Tensor
+
+    def __init__(self, channels: Sequence[int], *, image_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.grid_size = (image_size[0] // 4, image_size[1] // 4)
+        self.reductions = nn.ModuleList(nn.Conv2d(c, LEVEL_WIDTH, kernel_size=1) for c in channels)
+        self.body = nn.Sequential(
+            nn.Conv2d((LEVEL_WIDTH + 1) * len(channels), WIDTH, kernel_size=3, padding=1),
+            nn.GroupNorm(8, WIDTH),
+            nn.ReLU(),
+            nn.Conv2d(WIDTH, WIDTH, kernel_size=3, padding=1),
+            nn.GroupNorm(8, WIDTH),
+            nn.ReLU(),
+        )
+        self.classifier = nn.Conv2d(WIDTH, 1, kernel_size=1)
+        self.register_buffer("fitted", torch.tensor(False))
+        self.requires_grad_(False)  # the reconstruction's optimizer leaves it alone
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.GroupNorm):
+                module.reset_parameters()
+        nn.init.zeros_(self.classifier.weight)  # until it is trained all pixels are alike
+        nn.init.constant_(self.classifier.bias, math.log(RARE))  # type: ignore[arg-type]
+
+    def forward(self, reconstructions: Levels, targets: Levels) -> Tensor:
+        """Return the logits of every pixel."""
+        with full_precision(targets[0]):
+            residuals = []
+            for reduction, reconstruction, target in zip(self.reductions, reconstructions, targets, strict=True):
+                x, y = (F.normalize(widen(features), dim=1) for features in (reconstruction, target))
+                squares = (x - y).square() * x.shape[1]  # (B, C, H_j, W_j), about as large whatever C
+                residual = torch.cat([reduction(squares), 5 * cosine_distance(x, y)], dim=1)
+                residuals.append(F.interpolate(residual, size=self.grid_size, mode="bilinear"))
+            logits = self.classifier(self.body(torch.cat(residuals, dim=1)))  # (B, 1, H / 4, W / 4)
+            return F.interpolate(logits, size=self.image_size, mode="bilinear")
+
+    def refine(self, anomaly_map: Tensor, reconstructions: Levels, targets: Levels) -> Tensor:
+        """Average the anomaly map with the head's probabilities; the result is again as a product of level maps.
+
+        Args:
+            anomaly_map: Product of the level maps, ``(B, 1, H, W)``.
+            reconstructions: Reconstructed features.
+            targets: Their targets.
+        """
+        levels = len(self.reductions)
+        distance = anomaly_map.clamp_min(0) ** (1 / levels)  # geometric mean of the levels' distances
+        return torch.lerp(distance, self(reconstructions, targets).sigmoid(), WEIGHT) ** levels
+
+    def fit(
+        self, batches: Iterable[Tensor], reconstruct: Callable[[Tensor], tuple[Levels, Levels]], *, steps: int
+    ) -> None:
+        """Train on pseudo-defects, from the start: an earlier training was behind another reconstruction.
+
+        Args:
+            batches: Normalised good images ``(B, 3, H, W)``, `steps` times.
+            reconstruct: Returns reconstructions and targets, by the trained network in evaluation mode.
+            steps: Number of batches.
+        """
+        self._reset_parameters()
+        self.requires_grad_(True)
+        optimizer = torch.optim.AdamW(self.parameters(), LEARNING_RATE, weight_decay=1e-4)
+        schedule = OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+        for images in batches:
+            defective, masks = add_pseudo_defects(images)
+            with torch.no_grad():
+                reconstructions, targets = reconstruct(defective)
+            with torch.enable_grad():
+                loss = segmentation_loss(self(reconstructions, targets), masks)
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+            schedule.step()
+        self.requires_grad_(False)
+        self.fitted.fill_(True)
+
+
+def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Return focal loss over all pixels and dice loss of the defective images.
+
+    Args:
+        logits: Logits ``(B, 1, H, W)``.
+        masks: Masks ``(B, 1, H, W)`` of 0 and 1.
+    """
+    focal = FOCAL_WEIGHT * sigmoid_focal_loss(logits, masks, alpha=-1, gamma=2, reduction="mean")
+    probabilities, defective = logits.sigmoid(), masks.amax(dim=(1, 2, 3)) > 0
+    overlap = 2 * (probabilities * masks).sum(dim=(1, 2, 3)) + 1
+    dice = 1 - overlap / ((probabilities + masks).sum(dim=(1, 2, 3)) + 1)
+    return focal + (dice * defective).sum() / defective.sum().clamp_min(1)
