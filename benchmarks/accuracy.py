@@ -2,11 +2,12 @@
 """Accuracy study on the inspection benchmark: UniAS, UniAD and Patchcore on one backbone, and ablations.
 
 Every model is trained once on all nine categories (``configs/inspection.yaml`` beside this file) and scored by the
-metrics of this package. Sections: ``models``, the comparison over seeds, with learning curves; ``maps``, other fusions,
-blurs and image scores on the trained UniAS; ``ablations``, UniAS retrained with something changed, on fewer epochs;
-``levels``, what of each level's error comes from the token grid, and how much of a category's variety is reconstructed.
-No checkpoint is selected; the curves only show whether training had converged. The configuration's target and
-prototypes were chosen after their figures on this test set were seen.
+metrics of this package. Sections: ``models``, the comparison over seeds, with learning curves, of UniAS as configured
+(``best``) and with the paper's target and map (``paper``), UniAD and the bank; ``maps``, other fusions, blurs and image
+scores on the trained UniAS; ``ablations``, UniAS retrained with something changed, on fewer epochs; ``levels``, what of
+each level's error comes from the token grid, and how much of a category's variety is reconstructed.
+No checkpoint is selected; the curves only show whether training had converged. Choices are made on the development part
+(``inspection_means.py``); target and prototypes were made after figures of all nine categories were seen.
 
 Every finished run is kept in ``RESULTS/accuracy.json`` and not run again; an unfinished one resumes from its last
 checkpoint below WORK, so the study can be made in pieces (``--minutes``).
@@ -37,8 +38,12 @@ from anomalib_uniass import UniAS, Unified
 from anomalib_uniass.layers.gaussian_blur import GaussianBlur2d
 from anomalib_uniass.metrics import CategoryMetrics, CategoryMetricsCallback
 from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, image_score
+from anomalib_uniass.models.unias.torch_model import Reconstruction
 
 CONFIG = Path(__file__).parent / "configs" / "inspection.yaml"
+PAPER = {"target": "low_frequencies", "prototypes": 0, "segmentation_head": False}
+"""The paper's target and map."""
+
 UNIAD_EPOCHS = 24  # longer than UniAS: it learns more slowly and an epoch takes less
 CURVE_SHARES = (0.125, 0.25, 0.5, 0.75)  # of the epochs; the last point of a curve is the test itself
 
@@ -205,7 +210,7 @@ class Study:
             return
         print("  maps ...", flush=True)
         model, datamodule = self.trained(checkpoint)
-        variants = map_variants(model.model.anomaly_map)
+        variants = {"as configured": model.model.detect} | map_variants(model.model.anomaly_map)
         tables = score(model, datamodule, [Shared(variant) for variant in variants.values()])
         for variant, table in zip(variants, tables, strict=True):
             self.report.add("maps", variant, table, {"run": name})
@@ -296,18 +301,18 @@ class Shared:
     batch: Tensor | None = None
     reconstruction: Any = None
 
-    def __init__(self, variant: Callable[[Any, Any], Prediction]) -> None:
+    def __init__(self, variant: Callable[[Reconstruction], Any]) -> None:
         self.variant = variant
 
     def __call__(self, model: Any, image: Tensor) -> Prediction:
         """Reconstruct if no other variant has done so, and make the map."""
         if Shared.batch is not image:
-            Shared.batch, Shared.reconstruction = image, model.model.reconstruct(image)[:2]
-        return self.variant(*Shared.reconstruction)
+            Shared.batch, Shared.reconstruction = image, model.model.reconstruct(image)
+        return self.variant(Shared.reconstruction)
 
 
-def map_variants(generator: AnomalyMapGenerator) -> dict[str, Callable[[Any, Any], Prediction]]:
-    """Return ways to make map and score of reconstructions and targets."""
+def map_variants(generator: AnomalyMapGenerator) -> dict[str, Callable[[Reconstruction], Prediction]]:
+    """Return ways to make map and score of a reconstruction's distances."""
     identities = torch.nn.ModuleList(torch.nn.Identity() for _ in generator.blurs)
     unblurred, paper = deepcopy(generator), deepcopy(generator)
     unblurred.blurs, paper.whitening = identities, None
@@ -319,8 +324,9 @@ def map_variants(generator: AnomalyMapGenerator) -> dict[str, Callable[[Any, Any
         levels: AnomalyMapGenerator = generator,
         blur: bool = False,
         reduction: Any = "std",
-    ) -> Callable[[Any, Any], Prediction]:
-        def predict(reconstructions: Any, targets: Any) -> Prediction:
+    ) -> Callable[[Reconstruction], Prediction]:
+        def predict(reconstruction: Reconstruction) -> Prediction:
+            reconstructions, targets, _ = reconstruction
             maps = levels.level_maps(reconstructions, targets)
             fused = levels.fuse(maps, targets) if fuse is None else fuse(maps)
             anomaly_map = F.interpolate(fused, scale_factor=2.0, mode="bilinear", align_corners=True)
@@ -330,7 +336,7 @@ def map_variants(generator: AnomalyMapGenerator) -> dict[str, Callable[[Any, Any
         return predict
 
     return {
-        "as configured": variant(),
+        "distances alone": variant(),
         "product of the paper": variant(levels=paper),
         "product of the paper of levels 4 and 3": variant(lambda maps: maps[0] * maps[1], levels=paper),
         "all levels": variant(lambda maps: torch.stack(maps).prod(0)),
@@ -347,17 +353,14 @@ def model_runs(seeds: Iterable[int], epochs: int | None) -> list[Run]:
     """Return the compared trainings."""
     config = yaml.safe_load(CONFIG.read_text())
     unias = config["model"]["init_args"] | {"visualizer": False}
+    epochs_of_unias = epochs or config["trainer"]["max_epochs"]
     backbone = {name: unias[name] for name in ("backbone", "weights", "visualizer")}
     uniad = backbone | {"learning_rate": 5e-4, "lr_schedule": "onecycle"}
     runs = [Run(name="patchcore_0", model="BoundedPatchcore", arguments=backbone)]
     for seed in seeds:
         runs += [
-            Run(
-                name=f"unias_{seed}",
-                model="UniAS",
-                arguments=unias | {"seed": seed},
-                epochs=epochs or config["trainer"]["max_epochs"],
-            ),
+            Run(name=f"best_{seed}", model="UniAS", arguments=unias | {"seed": seed}, epochs=epochs_of_unias),
+            Run(name=f"paper_{seed}", model="UniAS", arguments=unias | PAPER | {"seed": seed}, epochs=epochs_of_unias),
             Run(name=f"uniad_{seed}", model="UniAD", arguments=uniad | {"seed": seed}, epochs=epochs or UNIAD_EPOCHS),
         ]
     return runs
@@ -369,10 +372,11 @@ def ablation_runs(epochs: int) -> list[Run]:
     base = config | {"visualizer": False, "seed": 0}
     changes: dict[str, dict[str, Any]] = {
         "base": {},
+        "no segmentation head": {"segmentation_head": False},
         "no prototypes": {"prototypes": 0},
         "prototype 1": {"prototypes": 1},
         "target of the paper": {"target": "low_frequencies"},
-        "target and map of the paper": {"target": "low_frequencies", "prototypes": 0},
+        "target and map of the paper": PAPER,
         "raw features": {"standardize_features": False},
         "no channel branch": {"channel_branch": False},
         "jitter 5": {"jitter_scale": 5.0},
@@ -431,13 +435,13 @@ def main() -> None:
         for run in model_runs(args.seeds, args.epochs):
             study.train("models", run)
     if "maps" in args.sections:
-        study.compare_maps(f"unias_{args.seeds[0]}")
+        study.compare_maps(f"best_{args.seeds[0]}")
     if "ablations" in args.sections:
         for run in ablation_runs(args.ablation_epochs):
             study.train("ablations", run)
     if "levels" in args.sections:
-        study.measure_levels("levels", "ablation_target_and_levels_of_the_paper", level_errors)
-        study.measure_levels("explained", f"unias_{args.seeds[0]}", explained_shares)
+        study.measure_levels("levels", "ablation_target_and_map_of_the_paper", level_errors)
+        study.measure_levels("explained", f"best_{args.seeds[0]}", explained_shares)
     print(study.report.markdown())
 
 

@@ -57,6 +57,32 @@ def test_speed_benchmark_writes_ratios_of_everything_it_measures(
     assert "What bounds the rest" in report
 
 
+def test_accuracy_summary_is_the_mean_over_seeds_of_means_over_categories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    report, means = importlib.import_module("accuracy_report"), importlib.import_module("inspection_means")
+    names = ["ballscrew", "magtile", "pavement", "pcb", "solar_mono", "solar_poly3", "coins", "brick", "gravel"]
+
+    def run(value: float) -> dict[str, Any]:
+        """A run whose metrics are `value`, a point more for each category."""
+        metrics = {name: dict.fromkeys(means.METRICS, value + i / 100) for i, name in enumerate(names)}
+        return {"categories": metrics, "means": means.group_means(metrics)}
+
+    models = {"best_0": run(0.3), "best_1": run(0.4), "patchcore_0": run(0.2)}
+    summary = report.summary(models)
+    assert summary["best_all"] == summary["best_all_AUPRO"] == 39
+    assert summary["patchcore_real_image_AUROC"] == 21.5
+    assert summary["best_development_DSC"] == 35 + (1 + 3 + 4 + 6 + 7) / 5
+    assert summary["best_held_back_pixel_AP"] == 35 + (0 + 2 + 5 + 8) / 4
+    rows = {(row["model"], row["group"]): row for row in report.comparison(models)}
+    assert rows["best", "all"]["pixel_F1Max"] == "39.0 ± 7.1"
+    assert rows["patchcore", "all"]["pixel_F1Max"] == "24.0"
+
+    (tmp_path / "old.json").write_text(json.dumps({"models": {"best_0": run(0.3) | {"means": {}}}}))
+    assert report.Report.load(tmp_path / "old").rows("models")["best_0"]["means"]["all"]["AUPRO"] == 34
+
+
 @pytest.fixture(scope="module")
 def elpv() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
