@@ -301,6 +301,7 @@ class Distances(nn.Module):
         for parameter in self.parameters():
             nn.init.constant_(parameter, 0.01)
         self.anomaly_map = AnomalyMapGenerator((128, 128))
+        self.segmentation_head = None
 
     def reconstruct(self, x: Tensor) -> Reconstruction:
         return Reconstruction([x], [x])
