@@ -15,7 +15,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from torchvision.transforms.v2 import Compose, Normalize, Resize
@@ -157,7 +157,11 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
             raise ValueError(msg)
         self._resumed = {} if stage == "fit" else None  # not what an earlier training went on from
         if self.trainer.world_size > 1:
-            keep_constants_local(self, frozen=[self.model.backbone, self.model.anomaly_map])
+            keep_constants_local(self, frozen=self.frozen_parts())
+
+    def frozen_parts(self) -> list[nn.Module]:
+        """Return the parts of the network that do not change from step to step."""
+        return [self.model.backbone, self.model.anomaly_map]
 
     def on_train_epoch_start(self) -> None:
         """Go on with the random numbers where the next epoch draws its order anew."""

@@ -12,6 +12,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from torch import nn
 
 from anomalib_uniass import acceleration
 from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_whole, parse_image_size
@@ -193,6 +194,11 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             acceleration.accelerate(self.model)
         self.loss = ReconstructionLoss(weight=loss_weight, cosine_term=cosine_term)
         self.complete_pre_processor(pre_processor, image_size)
+
+    def frozen_parts(self) -> list[nn.Module]:
+        """Return the parts of the network that do not change from step to step; the head comes behind the last."""
+        head = self.model.segmentation_head
+        return super().frozen_parts() + ([] if head is None else [head])
 
     def on_fit_start(self) -> None:
         """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them.
