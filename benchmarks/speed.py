@@ -210,32 +210,47 @@ def train_step(setup: Setup, form: str, *, noise: bool = True) -> Callable[[int]
 
 
 def training(setup: Setup, _: Report) -> Row:
-    """Train all forms side by side for their time, then some for their loss curves from the same start."""
-    steps = {name: train_step(setup, name) for name in (*FORMS, BFLOAT16)}
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for number in range(1 + setup.repeats):  # the first step makes the optimizer's state
-        if number > MIN_ROUNDS and setup.late():
-            break
-        for name, step in steps.items():
-            seconds[name].append(timed(partial(step, number), setup.device)[0])
-    warm = {name: values[1:] for name, values in seconds.items()}
-    del steps
+    """Train every form beside the plain one for its time, then some for their loss curves from the same start."""
+    plain_seconds: list[float] = []
+    rows: list[Row] = []
+    for name in (ACCELERATED, BFLOAT16, *(form for form in FORMS if form not in (PLAIN, ACCELERATED))):
+        base, seconds = pair_of_train_steps(setup, name)
+        plain_seconds += base
+        rows.append(training_row(name, seconds, base))
+    rows.insert(0, training_row(PLAIN, plain_seconds, plain_seconds))
     losses = {}
     for name in (PLAIN, ACCELERATED, BFLOAT16):
         step = train_step(setup, name, noise=False)
         losses[name] = [step(number) for number in range(setup.train_steps)]
     plain = np.array(losses[PLAIN])
     return {
-        "rows": [
-            {"variant": name, "batch": TRAIN_BATCH, **spread(s, TRAIN_BATCH), "speedup": speedup(warm[PLAIN], s)}
-            for name, s in warm.items()
-        ],
+        "rows": rows,
         "steps": setup.train_steps,
         "losses": losses,
         "largest_relative_loss_difference": {
             name: float((np.abs(losses[name] - plain) / plain).max()) for name in (ACCELERATED, BFLOAT16)
         },
     }
+
+
+def pair_of_train_steps(setup: Setup, form: str) -> tuple[list[float], list[float]]:
+    """Time a step of the plain form and of another in turn; return the seconds of both.
+
+    No third model is in memory, for a training holds no other either.
+    """
+    steps = {name: train_step(setup, name) for name in (PLAIN, form)}
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for number in range(1 + setup.repeats):  # the first step makes the optimizer's state
+        if number > MIN_ROUNDS and setup.late():
+            break
+        for name, step in steps.items():
+            seconds[name].append(timed(partial(step, number), setup.device)[0])
+    return seconds[PLAIN][1:], seconds[form][1:]
+
+
+def training_row(form: str, seconds: list[float], base: list[float]) -> Row:
+    """Return a form's row: its time, and how often it fits into the plain form's."""
+    return {"variant": form, "batch": TRAIN_BATCH, **spread(seconds, TRAIN_BATCH), "speedup": speedup(base, seconds)}
 
 
 def train_memory(setup: Setup, _: Report) -> list[Row]:
