@@ -237,7 +237,7 @@ def test_options_that_are_not_the_papers_are_exported(
     folder: Path, tmp_path: Path, backbone: str, accelerate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Standardised features, statistics of errors and a segmentation head, behind folded heads and plain ones."""
-    monkeypatch.setattr(lightning_model, "SEGMENTATION_STEPS", 10)
+    monkeypatch.setattr(lightning_model, "SEGMENTATION_BATCHES", 10)
     model = UniAS(
         backbone=backbone, pre_trained=False, image_size=(128, 128), hidden_dim=32, feedforward_dim=32,
         standardize_features=True, target="features", prototypes=2, segmentation_head=True, accelerate=accelerate,

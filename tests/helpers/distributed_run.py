@@ -102,7 +102,7 @@ class Sent(Callback):
 
 def train(processes: int, root: Path, folder: Path) -> dict[str, Any]:
     """Train and test a model whose weights differ between the processes at first, the frozen ones included."""
-    lightning_model.SEGMENTATION_STEPS = 3
+    lightning_model.SEGMENTATION_BATCHES = 3
     model, sent = UniAS(**SMALL, seed=None, prototypes=2, segmentation_head=True), Sent()
     runner = engine(processes, folder, sent)
     start = float(model.model.backbone.network.conv1.weight.sum())

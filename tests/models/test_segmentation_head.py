@@ -113,8 +113,7 @@ def test_head_learns_what_a_defect_is() -> None:
     with torch.no_grad():
         before = head(*residuals(defective, good))
     torch.testing.assert_close(before, before[:1, :, :1, :1].expand_as(before))
-    steps = 150
-    head.fit((good.expand(8, -1, -1, -1) for _ in range(steps)), lambda x: residuals(x, good), steps=steps)
+    head.fit((good.expand(8, -1, -1, -1) for _ in range(50)), lambda x: residuals(x, good), count=50)
     with torch.no_grad():
         after = head(*residuals(defective, good))
     assert head.fitted and not any(p.requires_grad for p in head.parameters())
@@ -127,7 +126,7 @@ def test_untrained_head_keeps_the_order_of_the_map() -> None:
     anomaly_map = torch.rand(2, 1, 64, 64)
     levels = [torch.randn(2, c, s, s) for c, s in zip(CHANNELS, (8, 16), strict=True)]
     refined = head.refine(anomaly_map, levels, [torch.randn_like(level) for level in levels])
-    assert torch.equal(refined.flatten().argsort(stable=True), anomaly_map.flatten().argsort(stable=True))
+    assert (refined.flatten()[anomaly_map.flatten().argsort()].diff() >= 0).all()
 
 
 def test_autocast_leaves_the_head_in_float32() -> None:
@@ -146,7 +145,7 @@ def test_autocast_leaves_the_head_in_float32() -> None:
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lightning_model, "SEGMENTATION_STEPS", 3)
+    monkeypatch.setattr(lightning_model, "SEGMENTATION_BATCHES", 3)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass.layers.gaussian_blur import GaussianBlur2d
 from anomalib_uniass.layers.precision import full_precision, widen
+from anomalib_uniass.models.unias.residual_directions import ResidualDirections
 from anomalib_uniass.models.unias.residual_whitening import ResidualWhitening
 
 ImageScore = Literal["std", "max", "top"]
@@ -27,10 +28,16 @@ class AnomalyMapGenerator(nn.Module):
         levels: Number of levels, counted from the coarsest; the paper's four or fewer.
         whitening: Statistics of the errors on good images, to compare by; None, as in the paper, compares features as
             they are and all levels alike.
+        directions: Directions of the whitened errors on good images; None, as in the paper, does without.
     """
 
     def __init__(
-        self, image_size: tuple[int, int], *, levels: int = 4, whitening: ResidualWhitening | None = None
+        self,
+        image_size: tuple[int, int],
+        *,
+        levels: int = 4,
+        whitening: ResidualWhitening | None = None,
+        directions: ResidualDirections | None = None,
     ) -> None:
         super().__init__()
         height, width = image_size
@@ -38,6 +45,7 @@ class AnomalyMapGenerator(nn.Module):
         # Coarse to fine, as in the release: the finer the level, the wider its blur.
         self.blurs = nn.ModuleList(GaussianBlur2d(sigma=k / 3, kernel_size=k) for k in (3, 5, 7, 9)[:levels])
         self.whitening = whitening
+        self.directions = directions
 
     def level_maps(self, reconstructions: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
         """Return the blurred cosine distance of every level, ``(B, 1, H / 2, W / 2)`` each, in [0, 2].
@@ -48,6 +56,7 @@ class AnomalyMapGenerator(nn.Module):
         """
         pairs = [(widen(r), widen(t)) for r, t in zip(reconstructions, targets, strict=True)]
         with full_precision(targets[0]):
+            clusters = torch.empty(0)
             if (whitening := self.whitening) is not None:
                 clusters = whitening.clusters(targets[0])
                 pairs = [
@@ -55,8 +64,10 @@ class AnomalyMapGenerator(nn.Module):
                     for level, (reconstruction, target) in enumerate(pairs)
                 ]
             maps = []
-            for blur, (reconstruction, target) in zip(self.blurs, pairs, strict=True):
+            for level, (blur, (reconstruction, target)) in enumerate(zip(self.blurs, pairs, strict=True)):
                 distance = cosine_distance(reconstruction, target)
+                if self.directions is not None:
+                    distance = self.directions(level, distance, target - reconstruction, clusters)
                 maps.append(blur(F.interpolate(distance, size=self.fusion_size, mode="bilinear", align_corners=False)))
             return maps
 

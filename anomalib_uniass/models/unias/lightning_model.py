@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 STANDARDIZATION_BATCHES = 100
 """Batches of the training set over which features are standardised, at most."""
 
-SEGMENTATION_STEPS = 500
-"""Steps of the segmentation head's training, at most; a shorter training of the model gives it as few."""
+SEGMENTATION_BATCHES = 500
+"""Batches of the segmentation head's training, at most; a shorter training of the model gives it as few."""
 
 SEGMENTATION_BATCH = 8
-"""Images of such a step."""
+"""Images of such a batch."""
 
 
 class UniAS(ReconstructionMixin, AnomalibModule):
@@ -225,6 +225,8 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             logger.info("Taking the statistics of the errors over the training set.")
             whitening.fit_clusters(self.model.backbone(image)[-1] for image in self.training_images())
             whitening.fit(self.model.reconstruct(image)[:2] for image in self.training_images())
+            if (directions := self.model.anomaly_map.directions) is not None:
+                directions.fit((self.model.reconstruct(image)[:2] for image in self.training_images()), whitening)
         if head is not None:
             self._fit_segmentation_head(head)
         self.model.train(training)
@@ -232,14 +234,14 @@ class UniAS(ReconstructionMixin, AnomalibModule):
 
     def _fit_segmentation_head(self, head: SegmentationHead) -> None:
         """Train the segmentation head on process 0, for all of a distributed run."""
-        steps = max(1, min(SEGMENTATION_STEPS, self.trainer.global_step))
-        logger.info("Training the segmentation head, %d steps.", steps)
+        count = max(1, min(SEGMENTATION_BATCHES, self.trainer.global_step))
+        logger.info("Training the segmentation head on %d batches.", count)
         if self.trainer.is_global_zero:
             with seeded(0):
                 head.fit(
-                    self.random_training_images(steps, size=SEGMENTATION_BATCH),
+                    self.random_training_images(count, size=SEGMENTATION_BATCH),
                     lambda image: self.model.reconstruct(image)[:2],
-                    steps=steps,
+                    count=count,
                 )
         state = {name: value.cpu() for name, value in head.state_dict().items()}
         head.load_state_dict(of_all_processes(state)[0])

@@ -21,8 +21,11 @@ LEVEL_WIDTH = 32
 RARE = 0.01
 """Share of defective pixels that an untrained head expects."""
 
-WEIGHT = 0.25
+WEIGHT = 0.2
 """Weight of the head's probabilities beside the distances of the reconstruction."""
+
+MIRRORED = ((), (3,), (2,))
+"""Dimensions over which the residuals of a batch are mirrored, a step each."""
 
 LEARNING_RATE = 2e-3
 FOCAL_WEIGHT = 10.0
@@ -52,20 +55,26 @@ class SegmentationHead(nn.Module):
         self.reductions = nn.ModuleList(nn.Conv2d(c, LEVEL_WIDTH, kernel_size=1) for c in channels)
         self.body = nn.Sequential(
             nn.Conv2d((LEVEL_WIDTH + 1) * len(channels), WIDTH, kernel_size=3, padding=1),
-            nn.GroupNorm(8, WIDTH),
+            nn.BatchNorm2d(WIDTH),
             nn.ReLU(),
             nn.Conv2d(WIDTH, WIDTH, kernel_size=3, padding=1),
-            nn.GroupNorm(8, WIDTH),
+            nn.BatchNorm2d(WIDTH),
             nn.ReLU(),
         )
         self.classifier = nn.Conv2d(WIDTH, 1, kernel_size=1)
         self.register_buffer("fitted", torch.tensor(False))
         self.requires_grad_(False)  # the reconstruction's optimizer leaves it alone
         self._reset_parameters()
+        self.eval()
+
+    def train(self, mode: bool = True) -> "SegmentationHead":
+        """Stay in eval mode: :meth:`fit` alone moves the statistics of batch norm."""
+        del mode
+        return super().train(False)
 
     def _reset_parameters(self) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.GroupNorm):
+            if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
                 module.reset_parameters()
         nn.init.zeros_(self.classifier.weight)  # until it is trained all pixels are alike
         nn.init.constant_(self.classifier.bias, math.log(RARE))  # type: ignore[arg-type]
@@ -95,29 +104,35 @@ class SegmentationHead(nn.Module):
         return torch.lerp(distance, self(reconstructions, targets).sigmoid(), WEIGHT) ** levels
 
     def fit(
-        self, batches: Iterable[Tensor], reconstruct: Callable[[Tensor], tuple[Levels, Levels]], *, steps: int
+        self, batches: Iterable[Tensor], reconstruct: Callable[[Tensor], tuple[Levels, Levels]], *, count: int
     ) -> None:
         """Train on pseudo-defects, from the start: an earlier training was behind another reconstruction.
 
+        A reconstruction costs more than a step of the head, so each serves for three steps.
+
         Args:
-            batches: Normalised good images ``(B, 3, H, W)``, `steps` times.
+            batches: Normalised good images ``(B, 3, H, W)``.
             reconstruct: Returns reconstructions and targets, by the trained network in evaluation mode.
-            steps: Number of batches.
+            count: Number of batches.
         """
         self._reset_parameters()
         self.requires_grad_(True)
         optimizer = torch.optim.AdamW(self.parameters(), LEARNING_RATE, weight_decay=1e-4)
-        schedule = OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+        schedule = OneCycleLR(optimizer, LEARNING_RATE, total_steps=count * len(MIRRORED))
+        super().train()
         for images in batches:
             defective, masks = add_pseudo_defects(images)
             with torch.no_grad():
                 reconstructions, targets = reconstruct(defective)
-            with torch.enable_grad():
-                loss = segmentation_loss(self(reconstructions, targets), masks)
-                optimizer.zero_grad()
-                loss.backward()
-            optimizer.step()
-            schedule.step()
+            for dims in MIRRORED:
+                with torch.enable_grad():
+                    logits = self([x.flip(dims) for x in reconstructions], [x.flip(dims) for x in targets])
+                    loss = segmentation_loss(logits, masks.flip(dims))
+                    optimizer.zero_grad()
+                    loss.backward()
+                optimizer.step()
+                schedule.step()
+        self.eval()
         self.requires_grad_(False)
         self.fitted.fill_(True)
 

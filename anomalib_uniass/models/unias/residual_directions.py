@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which directions errors on good images take, by cluster of images (not in the paper; off by default)."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_uniass.distribution import of_all_processes
+from anomalib_uniass.layers.precision import full_precision, widen
+from anomalib_uniass.models.unias.residual_whitening import COARSE_LEVELS, ResidualWhitening
+
+DIRECTIONS = 1024
+"""Directions that are kept of a cluster and level."""
+
+SAMPLES = 8192
+"""Errors of a cluster and level that they are found from, at most."""
+
+ITERATIONS = 10
+
+Levels = Sequence[Tensor]
+"""Features ``(B, C_j, H_j, W_j)`` of the levels, coarse to fine."""
+
+
+class ResidualDirections(nn.Module):
+    """Directions of the whitened errors on good images, found by k-means for every cluster of images.
+
+    Grain, joints and reflections are predicted badly on every image, but always in the same ways: their errors are
+    large and well known. Those of a defect are large and new. So the distance of a coarse level becomes the geometric
+    mean of itself and of how new the error's direction is.
+
+    Keeps every distance until :meth:`fit` has seen the training set.
+
+    Args:
+        channels: Channels C_j of the levels, coarse to fine.
+        prototypes: Number of clusters K.
+    """
+
+    fitted: Tensor
+
+    def __init__(self, channels: Sequence[int], *, prototypes: int) -> None:
+        super().__init__()
+        self.register_buffer("fitted", torch.tensor(False))
+        for level, c in enumerate(channels[:COARSE_LEVELS]):
+            self.register_buffer(f"directions_{level}", torch.zeros(prototypes, DIRECTIONS, c))
+
+    def forward(self, level: int, distance: Tensor, error: Tensor, clusters: Tensor) -> Tensor:
+        """Return the distance of a level, less where the error is a known one.
+
+        Args:
+            level: Level, 0 the coarsest.
+            distance: Its distances, ``(B, 1, H, W)``.
+            error: Its whitened errors, ``(B, C_j, H, W)``.
+            clusters: Cluster of each image, ``(B,)``.
+        """
+        if level >= COARSE_LEVELS:
+            return distance
+        directions = widen(self.get_buffer(f"directions_{level}")[clusters])  # (B, 1024, C_j)
+        with full_precision(error):
+            similarity = directions @ F.normalize(error.to(directions.dtype), dim=1).flatten(2)  # (B, 1024, HW)
+            novelty = 1 - similarity.amax(dim=1, keepdim=True).unflatten(2, error.shape[2:])
+            return torch.where(self.fitted, (distance * novelty).clamp_min(0).sqrt(), distance)
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[tuple[Levels, Levels]], whitening: ResidualWhitening) -> None:
+        """Find the directions; in a distributed run of the images of all processes.
+
+        Args:
+            batches: Reconstructions and targets of good images, by the trained network in evaluation mode.
+            whitening: Clusters and whitening of the errors, fitted.
+        """
+        books = [self.get_buffer(f"directions_{level}") for level in range(COARSE_LEVELS)]
+        samples = [[torch.empty(0, book.shape[2]) for _ in book] for book in books]
+        for reconstructions, targets in batches:
+            clusters = whitening.clusters(targets[0])
+            for level, of_level in enumerate(samples):
+                error = whitening.whiten(level, targets[level] - reconstructions[level], clusters)
+                units = F.normalize(error, dim=1).flatten(2).mT.cpu()  # (B, HW, C_j)
+                for cluster in clusters.unique().tolist():
+                    new = units[clusters.cpu() == cluster].flatten(0, 1)
+                    of_level[cluster] = _sample(torch.cat([of_level[cluster], new]))
+        for book, shares in zip(books, zip(*of_all_processes(samples), strict=True), strict=True):
+            for cluster, of_processes in enumerate(zip(*shares, strict=True)):
+                if len(units := _sample(torch.cat(of_processes))):
+                    book[cluster] = _directions(units).to(book)
+        self.fitted.fill_(True)
+
+
+def _sample(units: Tensor) -> Tensor:
+    """Return some of the vectors ``(n, C)``, at random but the same ones whatever order they came in, and sorted."""
+    keys = (1e4 * units[:, 0]).remainder(1)  # digits that say nothing
+    chosen = units[keys.argsort()[:SAMPLES]]
+    return chosen[chosen[:, 0].argsort()]
+
+
+def _directions(units: Tensor) -> Tensor:
+    """Return the directions ``(1024, C)`` that unit vectors ``(n, C)`` gather around; of few vectors all, repeated."""
+    if len(units) <= DIRECTIONS:
+        return units[torch.arange(DIRECTIONS) % len(units)]
+    means = KMeans(DIRECTIONS, init="random", n_init=1, max_iter=ITERATIONS, random_state=0).fit(units.numpy())
+    return F.normalize(torch.from_numpy(means.cluster_centers_), dim=1)
