@@ -9,12 +9,15 @@ from torch.nn import functional as F  # noqa: N812
 GOOD_SHARE = 0.2
 """Share of the images that stay good."""
 
+MOST = 3
+"""Defects of an image, at most."""
+
 SMALLEST = 8
 """Pixels of the smallest defect."""
 
 
 def add_pseudo_defects(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Put a pseudo-defect into four fifths of a batch of good images.
+    """Put pseudo-defects into four fifths of a batch of good images, one to three each.
 
     Their shapes are spots and lines of Perlin noise within a random window (as in DRAEM, Zavrtanik et al., ICCV 2021);
     within them an image becomes another one, itself at another place, brighter, darker or blurred.
@@ -27,12 +30,15 @@ def add_pseudo_defects(images: Tensor) -> tuple[Tensor, Tensor]:
     """
     defective, masks = images.clone(), images.new_zeros(len(images), 1, *images.shape[2:])
     for number in range(len(images)):
-        mask = _shape(images)
-        if torch.rand(()) < GOOD_SHARE or mask.sum() < SMALLEST:
+        if torch.rand(()) < GOOD_SHARE:
             continue
-        opacity = _between(0.4, 1) * F.avg_pool2d(mask[None], 3, stride=1, padding=1)[0]  # of soft borders
-        defective[number].lerp_(_filling(images, number), opacity)
-        masks[number] = mask
+        for _ in range(1 + _whole(MOST)):
+            mask = _shape(images)
+            if mask.sum() < SMALLEST:
+                continue
+            opacity = _between(0.4, 1) * F.avg_pool2d(mask[None], 3, stride=1, padding=1)[0]  # of soft borders
+            defective[number].lerp_(_filling(images, number), opacity)
+            masks[number] = masks[number].maximum(mask)
     return defective, masks
 
 

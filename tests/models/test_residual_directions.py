@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Directions of the errors on good images against NumPy, and what they make of distances."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_uniass.models.unias import residual_directions
+from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, cosine_distance
+from anomalib_uniass.models.unias.residual_directions import DIRECTIONS, ResidualDirections
+from tests.models.test_residual_whitening import CHANNELS, batches, fitted, kind_of_image
+
+
+def fit(pairs: list[tuple[list[Tensor], list[Tensor]]]) -> ResidualDirections:
+    whitening, _ = fitted()
+    directions = ResidualDirections(CHANNELS, prototypes=2)
+    directions.fit(pairs, whitening)
+    return directions
+
+
+def errors(level: int, pairs: list[tuple[list[Tensor], list[Tensor]]]) -> tuple[Tensor, Tensor]:
+    """Return the whitened errors ``(B, C, H, W)`` of some images and the images' clusters."""
+    whitening, _ = fitted()
+    reconstruction, target = (torch.cat([pair[side][level] for pair in pairs]) for side in (0, 1))
+    clusters = whitening.clusters(torch.cat([targets[0] for _, targets in pairs]))
+    return whitening.whiten(level, target - reconstruction, clusters), clusters
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_distance_is_the_mean_of_itself_and_of_the_angle_to_the_nearest_known_error(level: int) -> None:
+    """So few errors are all kept: the nearest is found among them."""
+    directions = fit(batches())
+    known, of_known = errors(level, batches())
+    error, clusters = errors(level, [kind_of_image(kind, 2, seed=9) for kind in (0, 1)])
+    distance = torch.rand(4, 1, *error.shape[2:], generator=torch.Generator().manual_seed(0))
+    expected = np.empty(distance.shape)
+    for image, cluster in enumerate(clusters):
+        book = known[of_known == cluster].permute(0, 2, 3, 1).reshape(-1, CHANNELS[level]).double().numpy()
+        assert len(book) <= DIRECTIONS
+        book /= np.linalg.norm(book, axis=1, keepdims=True)
+        e = error[image].double().numpy()
+        novelty = 1 - np.einsum("nc,chw->nhw", book, e / np.linalg.norm(e, axis=0)).max(axis=0)
+        expected[image] = np.sqrt(distance[image].numpy() * novelty)
+    actual = directions(level, distance, error, clusters)
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_known_errors_count_for_nothing_and_fine_levels_stay() -> None:
+    directions = fit(batches())
+    for level in range(4):
+        error, clusters = errors(level, batches())
+        distance = torch.ones(len(error), 1, *error.shape[2:])
+        expected = torch.zeros_like(distance) if level < 2 else distance
+        torch.testing.assert_close(directions(level, distance, error, clusters), expected, rtol=0, atol=2e-3)
+
+
+def test_many_errors_are_gathered_to_few_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of three directions and little noise: three means find them."""
+    monkeypatch.setattr(residual_directions, "DIRECTIONS", 3)
+    monkeypatch.setattr(residual_directions, "SAMPLES", 300)
+    generator = torch.Generator().manual_seed(0)
+    true = F.normalize(torch.randn(3, 6, generator=generator), dim=1)
+    units = true[torch.randint(3, (1000,), generator=generator)] + 0.02 * torch.randn(1000, 6, generator=generator)
+    sample = residual_directions._sample(F.normalize(units, dim=1))
+    assert len(sample) == 300
+    found = residual_directions._directions(sample)
+    assert found.shape == (3, 6)
+    torch.testing.assert_close((found @ true.T).amax(dim=0), torch.ones(3), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
+
+
+def test_order_of_the_images_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residual_directions, "SAMPLES", 100)  # of 144 and 96
+    expected = fit(batches()).state_dict()
+    for name, value in fit(batches()[::-1]).state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_distances_stay_until_directions_are_found_and_those_are_saved() -> None:
+    directions, copy = fit(batches()), ResidualDirections(CHANNELS, prototypes=2)
+    error, clusters = errors(0, batches())
+    distance = torch.ones(len(error), 1, *error.shape[2:])
+    assert torch.equal(copy(0, distance, error, clusters), distance)
+    copy.load_state_dict(directions.state_dict())
+    assert torch.equal(copy(0, distance, error, clusters), directions(0, distance, error, clusters))
+
+
+def test_a_cluster_without_images_keeps_its_angles() -> None:
+    whitening, first = fitted()
+    directions = ResidualDirections(CHANNELS, prototypes=2)
+    directions.fit([kind_of_image(0, 3, seed=0)], whitening)
+    error, clusters = errors(0, [kind_of_image(1, 2, seed=1)])
+    assert (clusters != first).all()
+    distance = torch.full((2, 1, *error.shape[2:]), 0.25)
+    torch.testing.assert_close(directions(0, distance, error, clusters), torch.full_like(distance, 0.5))
+
+
+def test_map_is_of_the_distances_that_the_directions_leave() -> None:
+    whitening, _ = fitted()
+    directions = fit(batches())
+    maps = AnomalyMapGenerator((64, 48), whitening=whitening, directions=directions)
+    reconstructions, targets = kind_of_image(0, 2, seed=7)
+    clusters = whitening.clusters(targets[0])
+    for level, (blur, level_map) in enumerate(zip(maps.blurs, maps.level_maps(reconstructions, targets), strict=True)):
+        r, t = (whitening.whiten(level, x[level], clusters) for x in (reconstructions, targets))
+        distance = directions(level, cosine_distance(r, t), t - r, clusters)
+        torch.testing.assert_close(level_map, blur(F.interpolate(distance, size=(32, 24), mode="bilinear")))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_directions_ignore_autocast(dtype: torch.dtype) -> None:
+    directions = fit(batches())
+    error, clusters = errors(0, [kind_of_image(0, 2, seed=9)])
+    distance = torch.ones(2, 1, *error.shape[2:])
+    expected = directions(0, distance, error, clusters)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(directions(0, distance, error, clusters), expected)
