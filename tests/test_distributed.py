@@ -133,6 +133,7 @@ def test_statistics_learn_from_the_images_of_all_processes(trained: tuple[Result
     with torch.no_grad():
         anew.fit_clusters(model.model.backbone(image)[-1] for image in images)
         anew.fit(model.model.reconstruct(image)[:2] for image in images)
+        anew.fit_directions(model.model.reconstruct(image)[:2] for image in images)
     for name, expected in anew.state_dict().items():
         torch.testing.assert_close(taken.state_dict()[name], expected, rtol=1e-3, atol=1e-4)
 

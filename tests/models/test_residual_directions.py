@@ -10,17 +10,16 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_uniass.models.unias import residual_directions
 from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, cosine_distance
 from anomalib_uniass.models.unias.residual_directions import DIRECTIONS, ResidualDirections
-from tests.models.test_residual_whitening import CHANNELS, batches, fitted, kind_of_image
+from tests.models.test_residual_whitening import CHANNELS, Batches, batches, fitted, kind_of_image
 
 
-def fit(pairs: list[tuple[list[Tensor], list[Tensor]]]) -> ResidualDirections:
+def fit(pairs: Batches) -> ResidualDirections:
     whitening, _ = fitted()
-    directions = ResidualDirections(CHANNELS, prototypes=2)
-    directions.fit(pairs, whitening)
-    return directions
+    whitening.fit_directions(pairs)
+    return whitening.directions
 
 
-def errors(level: int, pairs: list[tuple[list[Tensor], list[Tensor]]]) -> tuple[Tensor, Tensor]:
+def errors(level: int, pairs: Batches) -> tuple[Tensor, Tensor]:
     """Return the whitened errors ``(B, C, H, W)`` of some images and the images' clusters."""
     whitening, _ = fitted()
     reconstruction, target = (torch.cat([pair[side][level] for pair in pairs]) for side in (0, 1))
@@ -79,7 +78,7 @@ def test_order_of_the_images_does_not_matter(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_distances_stay_until_directions_are_found_and_those_are_saved() -> None:
-    directions, copy = fit(batches()), ResidualDirections(CHANNELS, prototypes=2)
+    directions, copy = fit(batches()), ResidualDirections(CHANNELS[:2], prototypes=2)
     error, clusters = errors(0, batches())
     distance = torch.ones(len(error), 1, *error.shape[2:])
     assert torch.equal(copy(0, distance, error, clusters), distance)
@@ -88,9 +87,8 @@ def test_distances_stay_until_directions_are_found_and_those_are_saved() -> None
 
 
 def test_a_cluster_without_images_keeps_its_angles() -> None:
-    whitening, first = fitted()
-    directions = ResidualDirections(CHANNELS, prototypes=2)
-    directions.fit([kind_of_image(0, 3, seed=0)], whitening)
+    _, first = fitted()
+    directions = fit([kind_of_image(0, 3, seed=0)])
     error, clusters = errors(0, [kind_of_image(1, 2, seed=1)])
     assert (clusters != first).all()
     distance = torch.full((2, 1, *error.shape[2:]), 0.25)
@@ -99,13 +97,13 @@ def test_a_cluster_without_images_keeps_its_angles() -> None:
 
 def test_map_is_of_the_distances_that_the_directions_leave() -> None:
     whitening, _ = fitted()
-    directions = fit(batches())
-    maps = AnomalyMapGenerator((64, 48), whitening=whitening, directions=directions)
+    whitening.fit_directions(batches())
+    maps = AnomalyMapGenerator((64, 48), whitening=whitening)
     reconstructions, targets = kind_of_image(0, 2, seed=7)
     clusters = whitening.clusters(targets[0])
     for level, (blur, level_map) in enumerate(zip(maps.blurs, maps.level_maps(reconstructions, targets), strict=True)):
         r, t = (whitening.whiten(level, x[level], clusters) for x in (reconstructions, targets))
-        distance = directions(level, cosine_distance(r, t), t - r, clusters)
+        distance = whitening.directions(level, cosine_distance(r, t), t - r, clusters)
         torch.testing.assert_close(level_map, blur(F.interpolate(distance, size=(32, 24), mode="bilinear")))
 
 

@@ -11,7 +11,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass.layers.gaussian_blur import GaussianBlur2d
 from anomalib_uniass.layers.precision import full_precision, widen
-from anomalib_uniass.models.unias.residual_directions import ResidualDirections
 from anomalib_uniass.models.unias.residual_whitening import ResidualWhitening
 
 ImageScore = Literal["std", "max", "top"]
@@ -28,16 +27,10 @@ class AnomalyMapGenerator(nn.Module):
         levels: Number of levels, counted from the coarsest; the paper's four or fewer.
         whitening: Statistics of the errors on good images, to compare by; None, as in the paper, compares features as
             they are and all levels alike.
-        directions: Directions of the whitened errors on good images; None, as in the paper, does without.
     """
 
     def __init__(
-        self,
-        image_size: tuple[int, int],
-        *,
-        levels: int = 4,
-        whitening: ResidualWhitening | None = None,
-        directions: ResidualDirections | None = None,
+        self, image_size: tuple[int, int], *, levels: int = 4, whitening: ResidualWhitening | None = None
     ) -> None:
         super().__init__()
         height, width = image_size
@@ -45,7 +38,6 @@ class AnomalyMapGenerator(nn.Module):
         # Coarse to fine, as in the release: the finer the level, the wider its blur.
         self.blurs = nn.ModuleList(GaussianBlur2d(sigma=k / 3, kernel_size=k) for k in (3, 5, 7, 9)[:levels])
         self.whitening = whitening
-        self.directions = directions
 
     def level_maps(self, reconstructions: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
         """Return the blurred cosine distance of every level, ``(B, 1, H / 2, W / 2)`` each, in [0, 2].
@@ -54,22 +46,21 @@ class AnomalyMapGenerator(nn.Module):
             reconstructions: Reconstructed features, coarse to fine.
             targets: Their targets, coarse to fine.
         """
-        pairs = [(widen(r), widen(t)) for r, t in zip(reconstructions, targets, strict=True)]
         with full_precision(targets[0]):
-            clusters = torch.empty(0)
-            if (whitening := self.whitening) is not None:
-                clusters = whitening.clusters(targets[0])
-                pairs = [
-                    (whitening.whiten(level, reconstruction, clusters), whitening.whiten(level, target, clusters))
-                    for level, (reconstruction, target) in enumerate(pairs)
-                ]
-            maps = []
-            for level, (blur, (reconstruction, target)) in enumerate(zip(self.blurs, pairs, strict=True)):
-                distance = cosine_distance(reconstruction, target)
-                if self.directions is not None:
-                    distance = self.directions(level, distance, target - reconstruction, clusters)
-                maps.append(blur(F.interpolate(distance, size=self.fusion_size, mode="bilinear", align_corners=False)))
-            return maps
+            distances = self._distances([widen(x) for x in reconstructions], [widen(x) for x in targets])
+            maps = [F.interpolate(x, size=self.fusion_size, mode="bilinear", align_corners=False) for x in distances]
+            return [blur(level_map) for blur, level_map in zip(self.blurs, maps, strict=True)]
+
+    def _distances(self, reconstructions: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
+        """Return the cosine distance of every level, ``(B, 1, H_i, W_i)`` each, by the statistics if there are any."""
+        pairs = zip(reconstructions, targets, strict=True)
+        if (whitening := self.whitening) is None:
+            return [cosine_distance(x, y) for x, y in pairs]
+        clusters, distances = whitening.clusters(targets[0]), []
+        for level, pair in enumerate(pairs):
+            x, y = (whitening.whiten(level, features, clusters) for features in pair)
+            distances.append(whitening.directions(level, cosine_distance(x, y), y - x, clusters))
+        return distances
 
     def fuse(self, maps: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """Return the product of the level maps, ``(B, 1, H / 2, W / 2)``, of those that say something of the image."""

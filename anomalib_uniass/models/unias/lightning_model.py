@@ -225,8 +225,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             logger.info("Taking the statistics of the errors over the training set.")
             whitening.fit_clusters(self.model.backbone(image)[-1] for image in self.training_images())
             whitening.fit(self.model.reconstruct(image)[:2] for image in self.training_images())
-            if (directions := self.model.anomaly_map.directions) is not None:
-                directions.fit((self.model.reconstruct(image)[:2] for image in self.training_images()), whitening)
+            whitening.fit_directions(self.model.reconstruct(image)[:2] for image in self.training_images())
         if head is not None:
             self._fit_segmentation_head(head)
         self.model.train(training)

@@ -10,7 +10,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass.distribution import of_all_processes
 from anomalib_uniass.layers.precision import full_precision, widen
-from anomalib_uniass.models.unias.residual_whitening import COARSE_LEVELS, ResidualWhitening
 
 DIRECTIONS = 1024
 """Directions that are kept of a cluster and level."""
@@ -19,9 +18,6 @@ SAMPLES = 8192
 """Errors of a cluster and level that they are found from, at most."""
 
 ITERATIONS = 10
-
-Levels = Sequence[Tensor]
-"""Features ``(B, C_j, H_j, W_j)`` of the levels, coarse to fine."""
 
 
 class ResidualDirections(nn.Module):
@@ -34,7 +30,7 @@ class ResidualDirections(nn.Module):
     Keeps every distance until :meth:`fit` has seen the training set.
 
     Args:
-        channels: Channels C_j of the levels, coarse to fine.
+        channels: Channels C_j of the coarse levels, the coarsest first.
         prototypes: Number of clusters K.
     """
 
@@ -42,8 +38,9 @@ class ResidualDirections(nn.Module):
 
     def __init__(self, channels: Sequence[int], *, prototypes: int) -> None:
         super().__init__()
+        self.levels = len(channels)
         self.register_buffer("fitted", torch.tensor(False))
-        for level, c in enumerate(channels[:COARSE_LEVELS]):
+        for level, c in enumerate(channels):
             self.register_buffer(f"directions_{level}", torch.zeros(prototypes, DIRECTIONS, c))
 
     def forward(self, level: int, distance: Tensor, error: Tensor, clusters: Tensor) -> Tensor:
@@ -55,7 +52,7 @@ class ResidualDirections(nn.Module):
             error: Its whitened errors, ``(B, C_j, H, W)``.
             clusters: Cluster of each image, ``(B,)``.
         """
-        if level >= COARSE_LEVELS:
+        if level >= self.levels:
             return distance
         directions = widen(self.get_buffer(f"directions_{level}")[clusters])  # (B, 1024, C_j)
         with full_precision(error):
@@ -64,19 +61,16 @@ class ResidualDirections(nn.Module):
             return torch.where(self.fitted, (distance * novelty).clamp_min(0).sqrt(), distance)
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[tuple[Levels, Levels]], whitening: ResidualWhitening) -> None:
+    def fit(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]]) -> None:
         """Find the directions; in a distributed run of the images of all processes.
 
         Args:
-            batches: Reconstructions and targets of good images, by the trained network in evaluation mode.
-            whitening: Clusters and whitening of the errors, fitted.
+            batches: Whitened errors of good images ``[(B, C_j, H_j, W_j)]`` and the images' clusters ``(B,)``.
         """
-        books = [self.get_buffer(f"directions_{level}") for level in range(COARSE_LEVELS)]
+        books = [self.get_buffer(f"directions_{level}") for level in range(self.levels)]
         samples = [[torch.empty(0, book.shape[2]) for _ in book] for book in books]
-        for reconstructions, targets in batches:
-            clusters = whitening.clusters(targets[0])
-            for level, of_level in enumerate(samples):
-                error = whitening.whiten(level, targets[level] - reconstructions[level], clusters)
+        for errors, clusters in batches:
+            for of_level, error in zip(samples, errors, strict=True):
                 units = F.normalize(error, dim=1).flatten(2).mT.cpu()  # (B, HW, C_j)
                 for cluster in clusters.unique().tolist():
                     new = units[clusters.cpu() == cluster].flatten(0, 1)

@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass.distribution import of_all_processes
 from anomalib_uniass.layers.precision import full_precision, widen
+from anomalib_uniass.models.unias.residual_directions import ResidualDirections
 
 PRIOR = 3
 """Images of a cluster that weigh as much as the mean over all clusters."""
@@ -32,15 +33,16 @@ class ResidualWhitening(nn.Module):
     """Statistics of the reconstruction's errors on good images, for every cluster of images.
 
     Images belong to the cluster of k-means that is nearest by the mean of their coarsest features. So no category is
-    asked for, neither in training nor later. The statistics say two things to the anomaly map:
+    asked for, neither in training nor later. The statistics say three things to the anomaly map:
 
     - Which directions say little. What cannot be predicted of a good surface, its grain for one, is an error of every
       good image. With S the covariance of a cluster's errors, shrunk towards that of all clusters and then half-way to
       a multiple of the identity, features are multiplied by S^(-1/2) before they are compared.
     - Which levels say little. Where the reconstruction explains less than three tenths of the variance of a cluster's
       features on a fine level, that level and the finer ones are left out.
+    - Which errors are known: :class:`~anomalib_uniass.models.unias.residual_directions.ResidualDirections`.
 
-    The identity until :meth:`fit` has seen the training set.
+    The identity until :meth:`fit_clusters`, :meth:`fit` and :meth:`fit_directions` have seen the training set.
 
     Args:
         channels: Channels C_j of the levels, coarse to fine.
@@ -66,6 +68,7 @@ class ResidualWhitening(nn.Module):
         self.register_buffer("exponents", torch.ones(prototypes, len(channels)))
         for level, c in enumerate(channels):
             self.register_buffer(f"whitening_{level}", torch.eye(c).repeat(prototypes, 1, 1))
+        self.directions = ResidualDirections(channels[:COARSE_LEVELS], prototypes=prototypes)
 
     @torch.no_grad()
     def fit_clusters(self, coarsest: Iterable[Tensor]) -> None:
@@ -128,6 +131,20 @@ class ResidualWhitening(nn.Module):
         # Of fewer levels each counts for more, so that maps stay alike.
         self.exponents.copy_(passes * passes.shape[1] / passes.sum(dim=1, keepdim=True))
         self.fitted.fill_(True)
+
+    def fit_directions(self, batches: Iterable[tuple[Levels, Levels]]) -> None:
+        """Find the directions that whitened errors take; in a distributed run of the images of all processes.
+
+        Args:
+            batches: As of :meth:`fit`, which comes before.
+        """
+        self.directions.fit(self._whitened_errors(reconstructions, targets) for reconstructions, targets in batches)
+
+    def _whitened_errors(self, reconstructions: Levels, targets: Levels) -> tuple[list[Tensor], Tensor]:
+        """Return the whitened errors of the coarse levels, and the clusters."""
+        clusters = self.clusters(targets[0])
+        pairs = list(zip(reconstructions, targets, strict=True))[:COARSE_LEVELS]
+        return [self.whiten(level, target - r, clusters) for level, (r, target) in enumerate(pairs)], clusters
 
     def whiten(self, level: int, features: Tensor, clusters: Tensor) -> Tensor:
         """Multiply features of a level by S^(-1/2) of their clusters: ``(B, C_j, H, W), (B,) -> (B, C_j, H, W)``."""

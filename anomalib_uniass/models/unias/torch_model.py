@@ -21,7 +21,6 @@ from anomalib_uniass.models.unias.decoder import HEADS, SpatialChannelDecoder
 from anomalib_uniass.models.unias.heads import ReconstructionHead
 from anomalib_uniass.models.unias.pixel_decoder import NORM_GROUPS, FPNPixelDecoder
 from anomalib_uniass.models.unias.queries import GatedQueryGenerator
-from anomalib_uniass.models.unias.residual_directions import ResidualDirections
 from anomalib_uniass.models.unias.residual_whitening import ResidualWhitening
 from anomalib_uniass.models.unias.segmentation_head import SegmentationHead
 from anomalib_uniass.models.unias.source_embedding import SourceEmbedding
@@ -126,10 +125,7 @@ class UniASModel(nn.Module):
                 ReconstructionHead(hidden_dim, c, scale=2**level) for level, c in enumerate(reversed(channels))
             )
             whitening = ResidualWhitening(channels[::-1], prototypes=prototypes) if prototypes else None
-            directions = ResidualDirections(channels[::-1], prototypes=prototypes) if prototypes else None
-            self.anomaly_map = AnomalyMapGenerator(
-                image_size, levels=levels, whitening=whitening, directions=directions
-            )
+            self.anomaly_map = AnomalyMapGenerator(image_size, levels=levels, whitening=whitening)
             self._reset_parameters()
             self.segmentation_head = (
                 SegmentationHead(channels[::-1], image_size=image_size) if segmentation_head else None
