@@ -93,5 +93,6 @@ def _directions(units: Tensor) -> Tensor:
     """Return the directions ``(1024, C)`` that unit vectors ``(n, C)`` gather around; of few vectors all, repeated."""
     if len(units) <= DIRECTIONS:
         return units[torch.arange(DIRECTIONS) % len(units)]
-    means = KMeans(DIRECTIONS, init="random", n_init=1, max_iter=ITERATIONS, random_state=0).fit(units.numpy())
+    starts = units[torch.linspace(0, len(units) - 1, DIRECTIONS).round().long()]  # of vectors in order: spread
+    means = KMeans(DIRECTIONS, init=starts.numpy(), n_init=1, max_iter=ITERATIONS).fit(units.numpy())
     return F.normalize(torch.from_numpy(means.cluster_centers_), dim=1)
