@@ -6,7 +6,8 @@ metrics of this package. Sections: ``models``, the comparison over seeds, with l
 (``best``) and with the paper's target and map (``paper``), UniAD and the bank; ``maps``, other fusions, blurs and image
 scores on the trained UniAS; ``ablations``, UniAS retrained with something changed, on fewer epochs; ``levels``, what of
 each level's error comes from the token grid, and how much of a category's variety is reconstructed.
-No checkpoint is selected; the curves only show whether training had converged. Choices are made on the development part
+No checkpoint is selected; the curves only show whether training had converged (without statistics of errors and
+segmentation head, which come when it ends: the last point of a curve jumps). Choices are made on the development part
 (``inspection_means.py``); target and prototypes were made after figures of all nine categories were seen.
 
 Every finished run is kept in ``RESULTS/accuracy.json`` and not run again; an unfinished one resumes from its last
