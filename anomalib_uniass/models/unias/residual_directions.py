@@ -79,6 +79,8 @@ class ResidualDirections(nn.Module):
             for cluster, of_processes in enumerate(zip(*shares, strict=True)):
                 if len(units := _sample(torch.cat(of_processes))):
                     book[cluster] = _directions(units).to(book)
+            # k-means rounds differently with every order of its threads: all processes take what the first one found.
+            book.copy_(of_all_processes(book.cpu())[0])
         self.fitted.fill_(True)
 
 
