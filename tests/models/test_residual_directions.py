@@ -95,6 +95,27 @@ def test_a_cluster_without_images_keeps_its_angles() -> None:
     torch.testing.assert_close(directions(0, distance, error, clusters), torch.full_like(distance, 0.5))
 
 
+def test_flat_images_and_a_dead_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal errors are one direction; images count alike though their first channel never errs."""
+    units = torch.zeros(3000, 6)
+    units[:, 3] = 1.0
+    assert torch.equal(residual_directions._directions(units).unique(dim=0), units[:1])
+    monkeypatch.setattr(residual_directions, "SAMPLES", 500)
+    images = torch.randn(1000, 6, generator=torch.Generator().manual_seed(0))
+    images[:, 0] = 0
+    images[500:, 1] = 100  # the later half, to know it again
+    sample = residual_directions._sample(F.normalize(images, dim=1))
+    assert 200 < (sample[:, 1] > 0.99).sum() < 300
+
+
+def test_another_training_forgets_the_directions_of_the_last() -> None:
+    whitening, first = fitted()
+    whitening.fit_directions(batches())
+    whitening.fit_directions([kind_of_image(0, 3, seed=0)])
+    directions = whitening.directions.get_buffer("directions_0")
+    assert directions[first].any() and not directions[1 - first].any()
+
+
 def test_map_is_of_the_distances_that_the_directions_leave() -> None:
     whitening, _ = fitted()
     whitening.fit_directions(batches())

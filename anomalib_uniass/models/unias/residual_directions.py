@@ -76,6 +76,7 @@ class ResidualDirections(nn.Module):
                     new = units[clusters.cpu() == cluster].flatten(0, 1)
                     of_level[cluster] = _sample(torch.cat([of_level[cluster], new]))
         for book, shares in zip(books, zip(*of_all_processes(samples), strict=True), strict=True):
+            book.zero_()  # of an earlier training
             for cluster, of_processes in enumerate(zip(*shares, strict=True)):
                 if len(units := _sample(torch.cat(of_processes))):
                     book[cluster] = _directions(units).to(book)
@@ -85,16 +86,16 @@ class ResidualDirections(nn.Module):
 
 
 def _sample(units: Tensor) -> Tensor:
-    """Return some of the vectors ``(n, C)``, at random but the same ones whatever order they came in, and sorted."""
-    keys = (1e4 * units[:, 0]).remainder(1)  # digits that say nothing
-    chosen = units[keys.argsort()[:SAMPLES]]
-    return chosen[chosen[:, 0].argsort()]
+    """Return some of the vectors ``(n, C)``, at random but the same ones whatever order they came in."""
+    keys = (1e4 * units.sum(dim=1)).remainder(1)  # digits that say nothing
+    return units[keys.argsort()[:SAMPLES]]
 
 
 def _directions(units: Tensor) -> Tensor:
     """Return the directions ``(1024, C)`` that unit vectors ``(n, C)`` gather around; of few vectors all, repeated."""
+    units = units.unique(dim=0)  # in order, too
     if len(units) <= DIRECTIONS:
         return units[torch.arange(DIRECTIONS) % len(units)]
-    starts = units[torch.linspace(0, len(units) - 1, DIRECTIONS).round().long()]  # of vectors in order: spread
+    starts = units[torch.linspace(0, len(units) - 1, DIRECTIONS).round().long()]
     means = KMeans(DIRECTIONS, init=starts.numpy(), n_init=1, max_iter=ITERATIONS).fit(units.numpy())
     return F.normalize(torch.from_numpy(means.cluster_centers_), dim=1)
