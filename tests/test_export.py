@@ -232,7 +232,9 @@ def test_defects_are_found_in_large_images_in_the_precision_that_openvino_takes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backbone", "accelerate"), [("tf_efficientnet_lite0", True), ("resnet18", False)])
+@pytest.mark.parametrize(
+    ("backbone", "accelerate"), [("tf_efficientnet_lite0", True), ("resnet18", False), ("test_vit", True)]
+)
 def test_options_that_are_not_the_papers_are_exported(
     folder: Path, tmp_path: Path, backbone: str, accelerate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen feature pyramid: four taps of an ImageNet network at strides 2, 4, 8 and 16."""
+"""Frozen feature pyramid: four levels of a pre-trained network at strides 2, 4, 8 and 16."""
 
 import difflib
 from pathlib import Path
@@ -10,8 +10,9 @@ import torch
 from timm.models.efficientnet import EfficientNetFeatures
 from torch import Tensor, nn
 
-from anomalib_uniass.layers.backbone_weights import load_backbone_weights
+from anomalib_uniass.layers.backbone_weights import create_network, load_backbone_weights
 from anomalib_uniass.layers.static_padding import freeze_padding
+from anomalib_uniass.layers.transformer_levels import TransformerLevels, is_transformer
 
 STRIDES = (2, 4, 8, 16)
 
@@ -19,16 +20,19 @@ STRIDES = (2, 4, 8, 16)
 class FeaturePyramid(nn.Module):
     """Frozen backbone, always in eval mode: ``(B, 3, H, W) -> [(B, C_i, H / s_i, W / s_i)]``, fine to coarse.
 
-    The taps are levels 1 to 4, at strides 2, 4, 8 and 16.
+    The taps are levels 1 to 4, at strides 2, 4, 8 and 16; of a vision transformer, such as DINOv2 or DINOv3, groups of
+    its blocks (:class:`~anomalib_uniass.layers.transformer_levels.TransformerLevels`).
 
     TensorFlow's dynamic SAME padding is replaced by the padding it takes at the network's native resolution
     (380 pixels for EfficientNet-B4), which is what the UniAS release computes with and what exports cleanly.
 
     Args:
-        backbone: Any timm network that supports ``features_only`` and offers strides 2, 4, 8 and 16.
+        backbone: Any timm network that supports ``features_only`` and offers strides 2, 4, 8 and 16, or a plain vision
+            transformer of timm.
         pre_trained: Load ImageNet weights; from timm's hub, or from ``weights`` if given.
         weights: A weights file or the name of an installed weights package
             (see :func:`~anomalib_uniass.layers.backbone_weights.load_backbone_weights`).
+        image_size: Height H and width W of the images; transformers are made for one size.
 
     Attributes:
         channels: Channels of the returned taps, fine to coarse.
@@ -47,6 +51,7 @@ class FeaturePyramid(nn.Module):
         *,
         pre_trained: bool = True,
         weights: str | Path | None = None,
+        image_size: tuple[int, int] = (224, 224),
     ) -> None:
         super().__init__()
         if not timm.is_model(backbone):
@@ -54,19 +59,22 @@ class FeaturePyramid(nn.Module):
             close = [name for name in known if backbone in name][:5] or difflib.get_close_matches(backbone, known, n=5)
             msg = f"backbone must be a timm model name, got {backbone!r}. Similar names: {', '.join(close) or 'none'}."
             raise ValueError(msg)
-        network = _create_network(backbone, pre_trained=pre_trained and weights is None)
-        strides = tuple(network.feature_info.reduction())
-        if strides != STRIDES:
-            msg = f"backbone must offer features at strides {STRIDES}, but {backbone!r} has {strides}."
-            raise ValueError(msg)
-        if pre_trained and weights is not None:
-            load_backbone_weights(network, backbone, weights)
-
-        self.channels: tuple[int, ...] = tuple(network.feature_info.channels())
-        config = network.pretrained_cfg
+        fetch = pre_trained and weights is None
+        if is_transformer(backbone):
+            network: Any = TransformerLevels(backbone, pre_trained=fetch, image_size=image_size)
+            config = network.vit.pretrained_cfg
+            if pre_trained and weights is not None:
+                network.load(weights)
+            self.channels: tuple[int, ...] = network.channels
+        else:
+            network = _create_trunk(backbone, pre_trained=fetch)
+            config = network.pretrained_cfg
+            if pre_trained and weights is not None:
+                load_backbone_weights(network, backbone, weights)
+            self.channels = tuple(network.feature_info.channels())
+            freeze_padding(network, native_size=config["input_size"][-2:])
         self.mean: tuple[float, ...] = tuple(config["mean"])
         self.std: tuple[float, ...] = tuple(config["std"])
-        freeze_padding(network, native_size=config["input_size"][-2:])
         self.network: nn.Module = network.requires_grad_(False)
         self.eval()
 
@@ -88,22 +96,18 @@ class FeaturePyramid(nn.Module):
         return list(self.network(image))
 
 
-def _create_network(backbone: str, *, pre_trained: bool) -> Any:
+def _create_trunk(backbone: str, *, pre_trained: bool) -> Any:
     """Build the timm trunk up to the stride-16 tap, a module with timm's ``feature_info`` and ``pretrained_cfg``."""
     taps = tuple(range(len(STRIDES)))
     try:
-        network = timm.create_model(backbone, pretrained=pre_trained, features_only=True, out_indices=taps)
+        network = create_network(backbone, pre_trained=pre_trained, features_only=True, out_indices=taps)
     except (AttributeError, IndexError, AssertionError) as error:
         msg = f"backbone must support timm's features_only with strides {STRIDES}; {backbone!r} does not: {error}"
         raise ValueError(msg) from error
-    except Exception as error:  # timm's hub raises errors of several HTTP libraries
-        if not pre_trained:
-            raise
-        msg = (
-            f"Could not fetch ImageNet weights for backbone {backbone!r}: {error}. Check the network, or pass "
-            "`weights` (a file or an installed weights package), or `pre_trained=False` for random weights."
-        )
-        raise RuntimeError(msg) from error
+    strides = tuple(network.feature_info.reduction())
+    if strides != STRIDES:
+        msg = f"backbone must offer features at strides {STRIDES}, but {backbone!r} has {strides}."
+        raise ValueError(msg)
     if isinstance(network, EfficientNetFeatures):
         # It builds every stage; what lies behind the last tap is never used.
         network.blocks = network.blocks[: max(network._stage_out_idx)]

@@ -4,10 +4,36 @@
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+
+
+def create_network(backbone: str, *, pre_trained: bool, **arguments: Any) -> Any:
+    """Build a timm network.
+
+    Args:
+        backbone: Its timm name.
+        pre_trained: Fetch ImageNet weights from timm's hub.
+        **arguments: Of ``timm.create_model``.
+
+    Raises:
+        RuntimeError: If the weights cannot be fetched.
+    """
+    try:
+        return timm.create_model(backbone, pretrained=pre_trained, **arguments)
+    except (AttributeError, IndexError, AssertionError):
+        raise  # what the network does not support
+    except Exception as error:  # timm's hub raises errors of several HTTP libraries
+        if not pre_trained:
+            raise
+        msg = (
+            f"Could not fetch ImageNet weights for backbone {backbone!r}: {error}. Check the network, or pass "
+            "`weights` (a file or an installed weights package), or `pre_trained=False` for random weights."
+        )
+        raise RuntimeError(msg) from error
 
 
 def load_backbone_weights(network: nn.Module, backbone: str, weights: str | Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from scipy.ndimage import gaussian_filter
+from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass.layers.backbone import FeaturePyramid
 from anomalib_uniass.layers.backbone_weights import resolve_weights
@@ -92,6 +93,44 @@ def test_pyramid_gives_strides_2_4_8_16_and_stays_frozen(backbone: str) -> None:
     assert not pyramid.training and not any(module.training for module in pyramid.modules())
     assert not any(parameter.requires_grad for parameter in pyramid.parameters())
     assert not any(feature.requires_grad for feature in features)
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_vit4", "vit_small_patch14_dinov2", "vit_small_patch16_dinov3"])
+def test_a_transformer_gives_four_levels_at_the_same_strides(backbone: str) -> None:
+    size = (160, 192)
+    pyramid = FeaturePyramid(backbone, pre_trained=False, image_size=size).train()
+    vit = pyramid.network.vit
+    assert isinstance(vit, torch.nn.Module) and not vit.training
+    image = torch.randn(2, 3, *size)
+    features = pyramid(image)
+    width = vit.embed_dim
+    assert pyramid.channels == (width,) * 4
+    assert [tuple(f.shape) for f in features] == [(2, width, 160 // s, 192 // s) for s in (2, 4, 8, 16)]
+    # By hand: the image at whole patches; the last quarter of the blocks, normalised; the mean; the grid of stride 16.
+    patch = vit.patch_embed.patch_size[0]
+    whole = tuple(patch * round(length / patch) for length in size)
+    resized = F.interpolate(image, size=whole, mode="bilinear")
+    depth = len(vit.blocks)
+    kept = list(range(round(depth * 3 / 4), depth))
+    blocks = vit.forward_intermediates(resized, indices=kept, norm=True, intermediates_only=True)
+    tokens = torch.stack(blocks).mean(dim=0)
+    torch.testing.assert_close(features[3], F.interpolate(tokens, size=(10, 12), mode="bilinear"))
+    assert not any(feature.requires_grad for feature in features)
+
+
+def test_weights_of_a_transformer_fit_another_size(tmp_path: Path) -> None:
+    """As timm resamples position embeddings when it loads a file itself; other networks are refused."""
+    torch.manual_seed(0)
+    source = timm.create_model("test_vit", pretrained=False)
+    path = tmp_path / "weights.pth"
+    torch.save({"model": source.state_dict()}, path)
+    pyramid = FeaturePyramid("test_vit", weights=path, image_size=(224, 128))
+    expected = timm.create_model(
+        "test_vit", pretrained=True, pretrained_cfg_overlay={"file": str(path)}, num_classes=0, img_size=(224, 128)
+    )
+    torch.testing.assert_close(pyramid.network.vit.state_dict(), expected.state_dict())
+    with pytest.raises(ValueError, match=r"does not fit the transformer: .*missing or of another shape"):
+        FeaturePyramid("vit_tiny_patch16_224", weights=path)
 
 
 def test_static_padding_equals_timm_at_the_native_resolution() -> None:

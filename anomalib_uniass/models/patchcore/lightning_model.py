@@ -88,7 +88,7 @@ class BoundedPatchcore(CompleteRunMixin, PredictionMixin, ExportMixin, Patchcore
         image_size = parse_image_size(image_size)
         token_grid(image_size)
         weights = None if weights is None else str(weights)
-        pyramid = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights)
+        pyramid = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights, image_size=image_size)
         if pre_processor is True:
             pre_processor = ReconstructionMixin.configure_pre_processor(image_size, pyramid.mean, pyramid.std)
         super().__init__(

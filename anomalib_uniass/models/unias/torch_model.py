@@ -99,7 +99,7 @@ class UniASModel(nn.Module):
         self.target: Target = target
 
         with seeded(seed):
-            self.backbone = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights)
+            self.backbone = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights, image_size=image_size)
             channels = self.backbone.channels  # fine to coarse
             self.standardization = FeatureStandardization(channels) if standardize_features else None
             levels = len(channels)
