@@ -11,7 +11,6 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torchvision.ops import sigmoid_focal_loss
 
 from anomalib_uniass.layers.precision import full_precision, widen
-from anomalib_uniass.models.unias.anomaly_map import cosine_distance
 from anomalib_uniass.models.unias.pseudo_defects import add_pseudo_defects
 
 WIDTH = 64
@@ -81,12 +80,15 @@ class SegmentationHead(nn.Module):
 
     def forward(self, reconstructions: Levels, targets: Levels) -> Tensor:
         """Return the logits of every pixel."""
-        with full_precision(targets[0]):
+        return self.segment(_squared_differences(reconstructions, targets))
+
+    def segment(self, squares: Levels) -> Tensor:
+        """Return the logits ``(B, 1, H, W)`` by squared differences ``[(B, C_j, H_j, W_j)]``."""
+        with full_precision(squares[0]):
             residuals = []
-            for reduction, reconstruction, target in zip(self.reductions, reconstructions, targets, strict=True):
-                x, y = (F.normalize(widen(features), dim=1) for features in (reconstruction, target))
-                squares = (x - y).square() * x.shape[1]  # (B, C, H_j, W_j), about as large whatever C
-                residual = torch.cat([reduction(squares), 5 * cosine_distance(x, y)], dim=1)
+            for reduction, square in zip(self.reductions, squares, strict=True):
+                distance = 2.5 * square.mean(dim=1, keepdim=True)  # five times the cosine distance
+                residual = torch.cat([reduction(square), distance], dim=1)
                 residuals.append(F.interpolate(residual, size=self.grid_size, mode="bilinear"))
             logits = self.classifier(self.body(torch.cat(residuals, dim=1)))  # (B, 1, H / 4, W / 4)
             return F.interpolate(logits, size=self.image_size, mode="bilinear")
@@ -123,10 +125,10 @@ class SegmentationHead(nn.Module):
         for images in batches:
             defective, masks = add_pseudo_defects(images)
             with torch.no_grad():
-                reconstructions, targets = reconstruct(defective)
+                squares = _squared_differences(*reconstruct(defective))
             for dims in MIRRORED:
                 with torch.enable_grad():
-                    logits = self([x.flip(dims) for x in reconstructions], [x.flip(dims) for x in targets])
+                    logits = self.segment([square.flip(dims) for square in squares])
                     loss = segmentation_loss(logits, masks.flip(dims))
                     optimizer.zero_grad()
                     loss.backward()
@@ -135,6 +137,16 @@ class SegmentationHead(nn.Module):
         self.eval()
         self.requires_grad_(False)
         self.fitted.fill_(True)
+
+
+def _squared_differences(reconstructions: Levels, targets: Levels) -> list[Tensor]:
+    """Return squared differences of the normalised features, times C_j: about as large whatever C_j."""
+    squares = []
+    with full_precision(targets[0]):
+        for pair in zip(reconstructions, targets, strict=True):
+            x, y = (F.normalize(widen(features), dim=1) for features in pair)
+            squares.append((x - y).square() * x.shape[1])
+    return squares
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
