@@ -3,12 +3,13 @@
 
 Every model is trained once on all nine categories (``configs/inspection.yaml`` beside this file) and scored by the
 metrics of this package. Sections: ``models``, the comparison over seeds, with learning curves, of UniAS as configured
-(``best``) and with the paper's target and map (``paper``), UniAD and the bank; ``maps``, other fusions, blurs and image
-scores on the trained UniAS; ``ablations``, UniAS retrained with something changed, on fewer epochs; ``levels``, what of
-each level's error comes from the token grid, and how much of a category's variety is reconstructed.
+(``best``) and of the paper on standardised features (``paper``), UniAD and the bank; ``maps``, other fusions, blurs and
+image scores on the trained UniAS; ``ablations``, UniAS retrained with something changed, on fewer epochs; ``levels``,
+what of each level's error comes from the token grid, and how much of a category's variety is reconstructed;
+``presets``, the speed of the trained model beside the paper's of full size (random weights), both in OpenVINO.
 No checkpoint is selected; the curves only show whether training had converged (without statistics of errors and
 segmentation head, which come when it ends: the last point of a curve jumps). Choices are made on the development part
-(``inspection_means.py``); target and prototypes were made after figures of all nine categories were seen.
+(``inspection_means.py``); the recipe's target and statistics were made after figures of all nine were seen.
 
 Every finished run is kept in ``RESULTS/accuracy.json`` and not run again; an unfinished one resumes from its last
 checkpoint below WORK, so the study can be made in pieces (``--minutes``).
@@ -17,11 +18,14 @@ python benchmarks/accuracy.py DATA [--sections models maps ablations] [--seeds 0
 """
 
 import argparse
+import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +36,20 @@ from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule, get_model
 from lightning.pytorch import Callback, LightningModule, Trainer
+from speed import interleave, speedup, spread
+from speed_models import Setup, openvino, runtime
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass import UniAS, Unified
 from anomalib_uniass.layers.gaussian_blur import GaussianBlur2d
+from anomalib_uniass.layers.standardization import FeatureStandardization
 from anomalib_uniass.metrics import CategoryMetrics, CategoryMetricsCallback
 from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, image_score
 from anomalib_uniass.models.unias.torch_model import Reconstruction
 
 CONFIG = Path(__file__).parent / "configs" / "inspection.yaml"
-PAPER = {"target": "low_frequencies", "prototypes": 0, "segmentation_head": False}
-"""The paper's target and map."""
-
+SECTIONS = ("models", "maps", "ablations", "levels", "presets")
 UNIAD_EPOCHS = 24  # longer than UniAS: it learns more slowly and an epoch takes less
 CURVE_SHARES = (0.125, 0.25, 0.5, 0.75)  # of the epochs; the last point of a curve is the test itself
 
@@ -66,6 +71,13 @@ class Run:
     arguments: dict[str, Any] = field(default_factory=dict)
     epochs: int | None = None
     change: Callable[[Any], None] | None = None
+
+    def build(self) -> AnomalibModule:
+        """Return the model, not trained."""
+        model = get_model({"class_path": self.model, "init_args": self.arguments | {"evaluator": False}})
+        if self.change is not None:
+            self.change(model)
+        return model
 
 
 class LearningCurve(Callback):
@@ -182,9 +194,7 @@ class Study:
             self.report.unfinished(run.name)
             return None
         print(f"  {run.name} ...", flush=True)
-        model = get_model({"class_path": run.model, "init_args": run.arguments | {"evaluator": False}})
-        if run.change is not None:
-            run.change(model)
+        model = run.build()
         length = {} if run.epochs is None else {"max_epochs": run.epochs, "check_val_every_n_epoch": 1}
         stop = StopAtDeadline(self.deadline)
         engine = Engine(default_root_dir=self.work / run.name, callbacks=[*callbacks, stop], **length)
@@ -204,31 +214,48 @@ class Study:
         }
         return model, engine, facts
 
-    def compare_maps(self, name: str) -> None:
+    def compare_maps(self, run: Run) -> None:
         """Score other maps and image scores of a trained UniAS, each with one thing changed."""
-        checkpoint = self.checkpoint(name)
-        if checkpoint is None or "as configured" in self.report.rows("maps"):
+        if self.checkpoint(run.name) is None or "as configured" in self.report.rows("maps"):
             return
         print("  maps ...", flush=True)
-        model, datamodule = self.trained(checkpoint)
+        model, datamodule = self.trained(run)
         variants = {"as configured": model.model.detect} | map_variants(model.model.anomaly_map)
         tables = score(model, datamodule, [Shared(variant) for variant in variants.values()])
         for variant, table in zip(variants, tables, strict=True):
-            self.report.add("maps", variant, table, {"run": name})
+            self.report.add("maps", variant, table, {"run": run.name})
 
-    def measure_levels(self, section: str, name: str, measure: Callable[[UniAS, Unified], list[Row]]) -> None:
+    def measure_levels(self, section: str, run: Run, measure: Callable[[UniAS, Unified], list[Row]]) -> None:
         """Measure the levels of a trained UniAS on good test images."""
-        checkpoint = self.checkpoint(name)
-        if checkpoint is None or section in self.report.results:
+        if self.checkpoint(run.name) is None or section in self.report.results:
             return
         print(f"  {section} ...", flush=True)
-        self.report.add_rows(section, measure(*self.trained(checkpoint)))
+        self.report.add_rows(section, measure(*self.trained(run)))
 
-    def trained(self, checkpoint: Path) -> tuple[UniAS, Unified]:
+    def time_presets(self, run: Run, repeats: int) -> None:
+        """Time the exported model of a run, which is ``unias_fast.yaml``'s, beside the paper's of full size."""
+        if self.checkpoint(run.name) is None or "presets" in self.report.results:
+            return
+        print("  presets ...", flush=True)
+        setup = Setup(device=torch.device("cpu"), threads=os.cpu_count() or 1, repeats=repeats, sizes=())
+        with tempfile.TemporaryDirectory() as folder:
+            paper = openvino(setup, Path(folder) / "paper", "f32")
+            fast = runtime(setup, self.trained(run)[0].to_openvino(Path(folder) / "fast"), "f32")
+            images = setup.images(1)
+            seconds = interleave(
+                {"unias.yaml": partial(paper, images), "unias_fast.yaml": partial(fast, images)}, setup
+            )
+        base = seconds["unias.yaml"]
+        rows = [{"preset": n, **spread(s, 1), "speedup": speedup(base, s)} for n, s in seconds.items()]
+        self.report.add_rows("presets", rows)
+
+    def trained(self, run: Run) -> tuple[UniAS, Unified]:
         """Return a trained UniAS and the data, ready to test."""
         datamodule = self.datamodule()
         datamodule.setup()
-        return UniAS.load_from_checkpoint(checkpoint, visualizer=False, evaluator=False).eval(), datamodule
+        model = run.build()
+        model.load_state_dict(torch.load(self.checkpoint(run.name), map_location="cpu")["state_dict"])
+        return model.eval(), datamodule
 
 
 @torch.no_grad()
@@ -361,10 +388,21 @@ def model_runs(seeds: Iterable[int], epochs: int | None) -> list[Run]:
     for seed in seeds:
         runs += [
             Run(name=f"best_{seed}", model="UniAS", arguments=unias | {"seed": seed}, epochs=epochs_of_unias),
-            Run(name=f"paper_{seed}", model="UniAS", arguments=unias | PAPER | {"seed": seed}, epochs=epochs_of_unias),
+            paper_run(f"paper_{seed}", unias | {"seed": seed}, epochs_of_unias),
             Run(name=f"uniad_{seed}", model="UniAD", arguments=uniad | {"seed": seed}, epochs=epochs or UNIAD_EPOCHS),
         ]
     return runs
+
+
+def paper_run(name: str, arguments: dict[str, Any], epochs: int) -> Run:
+    """Return a training of the paper's model, but on standardised features: they help short trainings."""
+    paper = arguments | {"recipe": "paper"}
+    return Run(name=name, model="UniAS", arguments=paper, epochs=epochs, change=standardize_features)
+
+
+def standardize_features(model: UniAS) -> None:
+    """Standardise the backbone's features, of which the paper says nothing."""
+    model.model.standardization = FeatureStandardization(model.model.backbone.channels)
 
 
 def ablation_runs(epochs: int) -> list[Run]:
@@ -373,22 +411,44 @@ def ablation_runs(epochs: int) -> list[Run]:
     base = config | {"visualizer": False, "seed": 0}
     changes: dict[str, dict[str, Any]] = {
         "base": {},
-        "no segmentation head": {"segmentation_head": False},
-        "no prototypes": {"prototypes": 0},
-        "prototype 1": {"prototypes": 1},
-        "target of the paper": {"target": "low_frequencies"},
-        "target and map of the paper": PAPER,
-        "raw features": {"standardize_features": False},
         "no channel branch": {"channel_branch": False},
         "jitter 5": {"jitter_scale": 5.0},
         "no jitter": {"jitter_scale": 0.0},
         "width 128": {"hidden_dim": 128, "feedforward_dim": 512},
         "loss sign of the release": {"cosine_term": "release"},
     }
-    parts = {"no Gaussian split": leave_out_split, "no MGG-CNN in the decoder": leave_out_mgg_cnn}
+    parts = {
+        "no segmentation head": leave_out_head,
+        "no statistics of errors": leave_out_statistics,
+        "target of the paper": reconstruct_low_frequencies,
+        "raw features": leave_out_standardization,
+        "no Gaussian split": leave_out_split,
+        "no MGG-CNN in the decoder": leave_out_mgg_cnn,
+    }
     runs = [Run(name=name, model="UniAS", arguments=base | change, epochs=epochs) for name, change in changes.items()]
     runs += [Run(name=name, model="UniAS", arguments=base, epochs=epochs, change=part) for name, part in parts.items()]
+    runs.append(paper_run("the paper on standardised features", base, epochs))
     return [replace(run, name=f"ablation_{run.name.replace(' ', '_')}") for run in runs]
+
+
+def leave_out_head(model: UniAS) -> None:
+    """Make the map of the distances alone."""
+    model.model.segmentation_head = None
+
+
+def leave_out_statistics(model: UniAS) -> None:
+    """Let all errors weigh alike."""
+    model.model.anomaly_map.whitening = None
+
+
+def reconstruct_low_frequencies(model: UniAS) -> None:
+    """Reconstruct the paper's target."""
+    model.model.low_frequencies = True
+
+
+def leave_out_standardization(model: UniAS) -> None:
+    """Feed the network the backbone's features as they are."""
+    model.model.standardization = None
 
 
 class NoSplit(torch.nn.Module):
@@ -414,12 +474,11 @@ def main() -> None:
     """Run the chosen sections."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with the nine category folders")
-    parser.add_argument(
-        "--sections", nargs="+", choices=("models", "maps", "ablations", "levels"), default=["models", "maps"]
-    )
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=["models", "maps"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, help="of UniAS and UniAD in `models`")
     parser.add_argument("--ablation-epochs", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=15, help="rounds of timings in `presets`")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then; the next call resumes")
     parser.add_argument("--work", type=Path, default=Path("results/accuracy"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "accuracy")
@@ -432,17 +491,21 @@ def main() -> None:
         report=Report.load(args.output),
         deadline=time.monotonic() + 60 * args.minutes,
     )
+    ablations = ablation_runs(args.ablation_epochs)
+    runs = model_runs(args.seeds, args.epochs)  # the bank, then the recipe of the first seed
     if "models" in args.sections:
-        for run in model_runs(args.seeds, args.epochs):
+        for run in runs:
             study.train("models", run)
     if "maps" in args.sections:
-        study.compare_maps(f"best_{args.seeds[0]}")
+        study.compare_maps(runs[1])
     if "ablations" in args.sections:
-        for run in ablation_runs(args.ablation_epochs):
+        for run in ablations:
             study.train("ablations", run)
     if "levels" in args.sections:
-        study.measure_levels("levels", "ablation_target_and_map_of_the_paper", level_errors)
-        study.measure_levels("explained", f"best_{args.seeds[0]}", explained_shares)
+        study.measure_levels("levels", ablations[-1], level_errors)
+        study.measure_levels("explained", runs[1], explained_shares)
+    if "presets" in args.sections:
+        study.time_presets(runs[1], args.repeats)
     print(study.report.markdown())
 
 

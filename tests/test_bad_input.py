@@ -88,8 +88,6 @@ CONSTRUCTORS = [
     unias("hidden_dim must be .* got True", hidden_dim=True),
     unias("can't allocate memory|out of memory", RuntimeError, hidden_dim=32 * 10**9),
     unias("feedforward_dim must be a whole number, at least 1, got 0", feedforward_dim=0),
-    unias("prototypes must be a whole number, at least 0, got -1", prototypes=-1),
-    unias("prototypes must be .* got 1.5", prototypes=1.5),
     # rates, weights and probabilities
     unias("jitter_probability must be a number at least 0 and at most 1, got 2", jitter_probability=2),
     unias("jitter_probability must be .* got -0.1", jitter_probability=-0.1),
@@ -114,11 +112,10 @@ CONSTRUCTORS = [
     unias("seed must be .* got the string 'x'", seed="x"),
     unias(f"seed must be at most {2**32 - 1}, got {2**32}", seed=2**32),
     # choices
-    unias("target must be one of low_frequencies, features, got 'feature'", target="feature"),
-    unias("score must be one of std, max, top, got None", score=None),
+    unias("recipe must be one of paper, best, got 'fast'", recipe="fast"),
+    unias("recipe must be one of paper, best, got None", recipe=None),
     unias("cosine_term must be one of distance, release, got 'cos'", cosine_term="cos"),
     unias("channel_branch must be true or false, got the string 'false'", channel_branch="false"),
-    unias("standardize_features must be true or false, got 1", standardize_features=1),
     unias("pre_trained must be true or false, got the string 'no'", pre_trained="no"),
     unias("accelerate must be true or false, got None", accelerate=None),
     unias("pre_processor must be a PreProcessor, true or false, got 'yes'", TypeError, pre_processor="yes"),
@@ -340,7 +337,7 @@ def test_bad_input_is_refused_with_a_clear_word(
 
 def test_good_values_at_the_bounds_are_taken() -> None:
     bounds = {"jitter_scale": 0, "jitter_probability": 1, "weight_decay": 0, "max_epochs": 1, "seed": 2**32 - 1}
-    model = UniAS(**(NARROW | bounds), prototypes=0, lr_step_epochs=1)
+    model = UniAS(**(NARROW | bounds), lr_step_epochs=1)
     assert {key: model.hparams[key] for key in bounds} == bounds
     UniAD(**(NARROW | bounds), learning_rate=1e-12)
     Unified(root="x", train_batch_size=1, eval_batch_size=1, num_workers=0, seed=None, comparison=Path("y"))

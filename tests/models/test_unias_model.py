@@ -115,9 +115,7 @@ def test_seed_fixes_the_weights_and_leaves_the_global_generator_alone() -> None:
         ({"hidden_dim": 100}, "hidden_dim must be a multiple of 32"),
         ({"backbone": "resnet1888"}, "backbone must be a timm model name"),
         ({"image_size": (224,)}, r"image_size must be \(height, width\)"),
-        ({"prototypes": -1}, "prototypes must be a whole number, at least 0, got -1"),
-        ({"target": "all"}, "target must be one of low_frequencies, features, got 'all'"),
-        ({"score": "mean"}, "score must be one of std, max, top, got 'mean'"),
+        ({"recipe": "all"}, "recipe must be one of paper, best, got 'all'"),
         ({"cosine_term": "paper"}, "cosine_term must be one of distance, release"),
         ({"lr_schedule": "cosine"}, "lr_schedule must be one of step, onecycle"),
         ({"jitter_probability": 2.0}, r"jitter_probability must be a number at least 0 and at most 1"),
@@ -129,15 +127,13 @@ def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> Non
         UniAS(**{**TINY, **changes})
 
 
-@pytest.mark.parametrize("target", ["low_frequencies", "features"])
-def test_standardised_model_compares_features_as_they_are(target: str) -> None:
+def test_best_recipe_standardises_and_compares_features_as_they_are() -> None:
     images = torch.randn(4, 3, 128, 128)
-    model = UniASModel(**TINY, standardize_features=True, target=target).eval()
+    model = UniASModel(**TINY, recipe="best").eval()
     features = model.backbone(images)
     model.standardization.fit([features])
     reconstruction = model.reconstruct(images)
-    expected = features if target == "features" else [model.frequency_split.blur(f) for f in features]
-    torch.testing.assert_close(reconstruction.targets[::-1], list(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(reconstruction.targets[::-1], features, rtol=0, atol=0)
     for std, feature in zip(reconstruction.stds[::-1], features, strict=True):
         torch.testing.assert_close(std.flatten(), feature.std(dim=(0, 2, 3), correction=0))
 
@@ -173,7 +169,7 @@ def test_training_moves_everything_but_the_backbone_and_learns(root: Path, tmp_p
 
 def test_checkpoint_round_trip_and_resume(root: Path, tmp_path: Path) -> None:
     data = datamodule(root)
-    model = UniAS(**TINY, standardize_features=True, prototypes=3, visualizer=False)
+    model = UniAS(**TINY, recipe="best", visualizer=False)
     run = engine(tmp_path, max_epochs=2)
     run.fit(model, datamodule=data)
     path = Path(run.best_model_path or "")
@@ -188,7 +184,7 @@ def test_checkpoint_round_trip_and_resume(root: Path, tmp_path: Path) -> None:
             torch.testing.assert_close(a, b)
 
     # A run that stopped goes on from its last checkpoint with the same statistics.
-    again = UniAS(**{**TINY, "seed": 1}, standardize_features=True, prototypes=3, visualizer=False)
+    again = UniAS(**{**TINY, "seed": 1}, recipe="best", visualizer=False)
     longer = engine(tmp_path, max_epochs=3)
     longer.fit(again, datamodule=data, ckpt_path=path)
     assert longer.trainer.global_step == 3 * len(data.train_dataloader())
@@ -216,7 +212,7 @@ def test_statistics_of_every_image_need_images_by_number(kind: str, root: Path, 
         "list": [loader, loader],
         "CombinedLoader": CombinedLoader([loader], "sequential"),
     }
-    model = UniAS(**TINY, prototypes=2, visualizer=False)
+    model = UniAS(**TINY, recipe="best", visualizer=False)
     with pytest.raises(TypeError, match=f"needs one torch DataLoader of a dataset with a length, got {kind}"):
         engine(tmp_path, max_epochs=1).fit(model, train_dataloaders=loaders[kind])
 
@@ -224,7 +220,7 @@ def test_statistics_of_every_image_need_images_by_number(kind: str, root: Path, 
 def test_a_loader_of_the_user_will_do(root: Path, tmp_path: Path) -> None:
     data = datamodule(root)
     data.setup()
-    model = UniAS(**TINY, prototypes=2, visualizer=False)
+    model = UniAS(**TINY, recipe="best", visualizer=False)
     engine(tmp_path, max_epochs=1).fit(model, train_dataloaders=data.train_dataloader())
     assert model.model.anomaly_map.whitening.fitted
 

@@ -20,10 +20,9 @@ from anomalib_uniass.deploy.quantization import quantize_reconstruction
 from anomalib_uniass.distribution import of_all_processes
 from anomalib_uniass.layers.seeding import seeded
 from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_arguments
-from anomalib_uniass.models.unias.anomaly_map import ImageScore
 from anomalib_uniass.models.unias.loss import CosineTerm, ReconstructionLoss
 from anomalib_uniass.models.unias.segmentation_head import SegmentationHead
-from anomalib_uniass.models.unias.torch_model import Target, UniASModel
+from anomalib_uniass.models.unias.torch_model import Recipe, UniASModel
 from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor, warn
 
 if TYPE_CHECKING:
@@ -58,20 +57,13 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         channel_branch: Decoder with its channel branch (the release's VisA configuration is without).
         jitter_scale: Strength of the feature jitter in training.
         jitter_probability: Chance of the jitter per level and batch, in [0, 1].
-        standardize_features: Standardise the backbone's channels over the training set, for the network and the
-            squared error; directions are compared as they are. Not in the paper; it speeds up short trainings.
-        target: What is reconstructed: the ``low_frequencies`` of the features, as in the paper, or the ``features``,
-            which keeps defects that are small beside a level's stride.
-        prototypes: Number of clusters of images, found by k-means, for which statistics of the errors on good images
-            are taken when the training ends, to weigh errors by: what the model cannot predict of a cluster's good
-            surfaces counts less, and fine levels count where it explains something there. Twice the number of
-            categories will do; 0, as in the paper, weighs all errors alike.
-        segmentation_head: Segment by the residuals too, as a small network learns it from pseudo-defects when the
-            training ends; its map is averaged with that of the distances. Not in the paper.
+        recipe: ``paper``, the model of the paper; or ``best``, which segments better wherever we measured: it
+            standardises the backbone's features, reconstructs them whole instead of their low frequencies, weighs
+            errors by their statistics on good images, and learns from pseudo-defects how the residual of a defect
+            looks. Statistics and segmentation head come when the training ends
+            (:class:`~anomalib_uniass.models.unias.torch_model.UniASModel`).
         loss_weight: Weight of the loss; the release takes 10 for MVTec AD and 1 for VisA.
         cosine_term: ``distance``, the paper's 1 - cos, or ``release``, the + cos of the official code.
-        score: Image score of a map: its standard deviation (``std``), its maximum (``max``), or the mean of its
-            highest percent (``top``).
         learning_rate: AdamW's learning rate (the peak of ``onecycle``).
         weight_decay: AdamW's weight decay.
         lr_schedule: ``step``, times 0.1 every `lr_step_epochs`; or ``onecycle``, warm-up and cosine decay over the
@@ -104,10 +96,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         "hidden_dim",
         "feedforward_dim",
         "channel_branch",
-        "standardize_features",
-        "target",
-        "prototypes",
-        "segmentation_head",
+        "recipe",
     )
 
     def __init__(
@@ -121,13 +110,9 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         channel_branch: bool = True,
         jitter_scale: float = 20.0,
         jitter_probability: float = 0.5,
-        standardize_features: bool = False,
-        target: Target = "low_frequencies",
-        prototypes: int = 0,
-        segmentation_head: bool = False,
+        recipe: Recipe = "paper",
         loss_weight: float = 10.0,
         cosine_term: CosineTerm = "distance",
-        score: ImageScore = "std",
         learning_rate: float = 1e-4,
         weight_decay: float = 1e-4,
         lr_schedule: LRSchedule = "step",
@@ -144,8 +129,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         image_size = parse_image_size(image_size)
         weights = None if weights is None else str(weights)
         check_choice("cosine_term", cosine_term, get_args(CosineTerm))
-        check_choice("target", target, get_args(Target))
-        check_choice("score", score, get_args(ImageScore))
+        check_choice("recipe", recipe, get_args(Recipe))
         check_arguments(
             backbone=backbone,
             pre_trained=pre_trained,
@@ -160,10 +144,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             seed=seed,
         )
         check_flag("channel_branch", channel_branch)
-        check_flag("standardize_features", standardize_features)
         check_whole("hidden_dim", hidden_dim, at_least=1)
-        check_whole("prototypes", prototypes, at_least=0)
-        check_flag("segmentation_head", segmentation_head)
         check_number("loss_weight", loss_weight, above=0)
         check_flag("accelerate", accelerate)
         super().__init__(
@@ -183,11 +164,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             channel_branch=channel_branch,
             jitter_scale=jitter_scale,
             jitter_probability=jitter_probability,
-            standardize_features=standardize_features,
-            target=target,
-            prototypes=prototypes,
-            segmentation_head=segmentation_head,
-            score=score,
+            recipe=recipe,
             seed=seed,
         )
         if accelerate:
@@ -259,8 +236,8 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         whitening, head = self.model.anomaly_map.whitening, self.model.segmentation_head
         if whitening is not None and not whitening.fitted:
             warn(
-                "These weights have no statistics of their errors, which `prototypes` asks for: they are taken when a "
-                "training ends, and this one did not. All errors weigh alike."
+                "These weights have no statistics of their errors: they are taken when a training ends, and this one "
+                "did not. All errors weigh alike."
             )
         if head is not None and not head.fitted:
             warn(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which directions errors on good images take, by cluster of images (not in the paper; off by default)."""
+"""Which directions errors on good images take, by cluster of images (recipe `best`, not in the paper)."""
 
 from collections.abc import Iterable, Sequence
 
@@ -31,17 +31,17 @@ class ResidualDirections(nn.Module):
 
     Args:
         channels: Channels C_j of the coarse levels, the coarsest first.
-        prototypes: Number of clusters K.
+        clusters: Number of clusters K.
     """
 
     fitted: Tensor
 
-    def __init__(self, channels: Sequence[int], *, prototypes: int) -> None:
+    def __init__(self, channels: Sequence[int], *, clusters: int) -> None:
         super().__init__()
         self.levels = len(channels)
         self.register_buffer("fitted", torch.tensor(False))
         for level, c in enumerate(channels):
-            self.register_buffer(f"directions_{level}", torch.zeros(prototypes, DIRECTIONS, c))
+            self.register_buffer(f"directions_{level}", torch.zeros(clusters, DIRECTIONS, c))
 
     def forward(self, level: int, distance: Tensor, error: Tensor, clusters: Tensor) -> Tensor:
         """Return the distance of a level, less where the error is a known one.

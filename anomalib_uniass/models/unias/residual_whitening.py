@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What errors good images have, by cluster of images (not in the paper; off by default)."""
+"""What errors good images have, by cluster of images (recipe `best`, not in the paper)."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,6 +12,9 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_uniass.distribution import of_all_processes
 from anomalib_uniass.layers.precision import full_precision, widen
 from anomalib_uniass.models.unias.residual_directions import ResidualDirections
+
+CLUSTERS = 16
+"""Clusters of images. More of them than categories will do; those of few images look like the mean of all."""
 
 PRIOR = 3
 """Images of a cluster that weigh as much as the mean over all clusters."""
@@ -46,10 +49,7 @@ class ResidualWhitening(nn.Module):
 
     Args:
         channels: Channels C_j of the levels, coarse to fine.
-        prototypes: Number of clusters K.
-
-    Raises:
-        ValueError: If `prototypes` is not positive.
+        clusters: Number of clusters K.
     """
 
     scale: Tensor
@@ -57,18 +57,15 @@ class ResidualWhitening(nn.Module):
     fitted: Tensor
     exponents: Tensor
 
-    def __init__(self, channels: Sequence[int], *, prototypes: int) -> None:
+    def __init__(self, channels: Sequence[int], *, clusters: int = CLUSTERS) -> None:
         super().__init__()
-        if prototypes < 1:
-            msg = f"prototypes must be at least 1, got {prototypes}."
-            raise ValueError(msg)
         self.register_buffer("scale", torch.ones(channels[0]))
-        self.register_buffer("centers", torch.zeros(prototypes, channels[0]))
+        self.register_buffer("centers", torch.zeros(clusters, channels[0]))
         self.register_buffer("fitted", torch.tensor(False))
-        self.register_buffer("exponents", torch.ones(prototypes, len(channels)))
+        self.register_buffer("exponents", torch.ones(clusters, len(channels)))
         for level, c in enumerate(channels):
-            self.register_buffer(f"whitening_{level}", torch.eye(c).repeat(prototypes, 1, 1))
-        self.directions = ResidualDirections(channels[:COARSE_LEVELS], prototypes=prototypes)
+            self.register_buffer(f"whitening_{level}", torch.eye(c).repeat(clusters, 1, 1))
+        self.directions = ResidualDirections(channels[:COARSE_LEVELS], clusters=clusters)
 
     @torch.no_grad()
     def fit_clusters(self, coarsest: Iterable[Tensor]) -> None:

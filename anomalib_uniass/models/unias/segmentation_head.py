@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segmentation head: learns from pseudo-defects how the residual of a defect looks (not in the paper; default off)."""
+"""Segmentation head: learns from pseudo-defects how a defect's residual looks (recipe `best`, not in the paper)."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -87,11 +87,12 @@ class SegmentationHead(nn.Module):
         with full_precision(squares[0]):
             residuals = []
             for reduction, square in zip(self.reductions, squares, strict=True):
+                square = square.to(reduction.weight.dtype)
                 distance = 2.5 * square.mean(dim=1, keepdim=True)  # five times the cosine distance
                 residual = torch.cat([reduction(square), distance], dim=1)
                 residuals.append(F.interpolate(residual, size=self.grid_size, mode="bilinear"))
             logits = self.classifier(self.body(torch.cat(residuals, dim=1)))  # (B, 1, H / 4, W / 4)
-            return F.interpolate(logits, size=self.image_size, mode="bilinear")
+            return F.interpolate(widen(logits), size=self.image_size, mode="bilinear")
 
     def refine(self, anomaly_map: Tensor, reconstructions: Levels, targets: Levels) -> Tensor:
         """Average the anomaly map with the head's probabilities; the result is again as a product of level maps.

@@ -25,7 +25,7 @@ from anomalib_uniass.models.unias.residual_whitening import ResidualWhitening
 from anomalib_uniass.models.unias.segmentation_head import SegmentationHead
 from anomalib_uniass.models.unias.source_embedding import SourceEmbedding
 
-Target = Literal["low_frequencies", "features"]
+Recipe = Literal["paper", "best"]
 
 
 class Reconstruction(NamedTuple):
@@ -59,13 +59,13 @@ class UniASModel(nn.Module):
         channel_branch: Run the channel branch of the decoder (the release's VisA configuration does not).
         jitter_scale: Strength of the feature jitter in training.
         jitter_probability: Chance of the jitter per level and batch.
-        standardize_features: Standardise the backbone features per channel with statistics of the training set, for
-            the network and the squared error; directions are compared as they are. Not in the paper.
-        target: What is reconstructed: the ``low_frequencies`` of the features, as in the paper, or the ``features``.
-        prototypes: Clusters of images that have statistics of their errors, to compare by; 0, as in the paper,
-            does without.
-        segmentation_head: Segment by the residuals too, as learned from pseudo-defects. Not in the paper.
-        score: Reduction of the map to the image score.
+        recipe: The model of the ``paper``, or the ``best`` that we know. The latter
+
+            - standardises the backbone's features per channel, for the network and the squared error,
+            - reconstructs the features themselves instead of their low frequencies,
+            - compares by the statistics of the errors on good images (``anomaly_map.whitening``),
+            - segments by the residuals too, as learned from pseudo-defects (``segmentation_head``),
+            - scores an image by the highest percent of its map instead of the map's standard deviation.
         seed: Seed of the initial weights; leaves torch's global generator alone. None draws from the latter.
 
     Raises:
@@ -84,24 +84,21 @@ class UniASModel(nn.Module):
         channel_branch: bool = True,
         jitter_scale: float = 20.0,
         jitter_probability: float = 0.5,
-        standardize_features: bool = False,
-        target: Target = "low_frequencies",
-        prototypes: int = 0,
-        segmentation_head: bool = False,
-        score: ImageScore = "std",
+        recipe: Recipe = "paper",
         seed: int | None = None,
     ) -> None:
         super().__init__()
         grid_size = _validate_sizes(image_size, hidden_dim=hidden_dim, channel_branch=channel_branch)
         self.image_size = image_size
         self.grid_size = grid_size
-        self.score: ImageScore = score
-        self.target: Target = target
+        best = recipe == "best"
+        self.score: ImageScore = "top" if best else "std"
+        self.low_frequencies = not best  # what is reconstructed
 
         with seeded(seed):
             self.backbone = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights, image_size=image_size)
             channels = self.backbone.channels  # fine to coarse
-            self.standardization = FeatureStandardization(channels) if standardize_features else None
+            self.standardization = FeatureStandardization(channels) if best else None
             levels = len(channels)
             self.frequency_split = GaussianFrequencySplit()
             self.jitter = FeatureJitter(scale=jitter_scale, probability=jitter_probability)
@@ -124,12 +121,10 @@ class UniASModel(nn.Module):
             self.heads = nn.ModuleList(
                 ReconstructionHead(hidden_dim, c, scale=2**level) for level, c in enumerate(reversed(channels))
             )
-            whitening = ResidualWhitening(channels[::-1], prototypes=prototypes) if prototypes else None
+            whitening = ResidualWhitening(channels[::-1]) if best else None
             self.anomaly_map = AnomalyMapGenerator(image_size, levels=levels, whitening=whitening)
             self._reset_parameters()
-            self.segmentation_head = (
-                SegmentationHead(channels[::-1], image_size=image_size) if segmentation_head else None
-            )
+            self.segmentation_head = SegmentationHead(channels[::-1], image_size=image_size) if best else None
 
     def _reset_parameters(self) -> None:
         """Initialise as the release does; pixel decoder, source embedding and heads look after themselves."""
@@ -178,7 +173,7 @@ class UniASModel(nn.Module):
 
         # Back in the backbone's own space, where directions mean what they do in the paper.
         restore = list if standardization is None else standardization.restore
-        targets = list(features) if self.target == "features" else restore(low_frequencies)
+        targets = restore(low_frequencies) if self.low_frequencies else list(features)
         stds = None if standardization is None else standardization.stds[::-1]
         return Reconstruction(restore(reconstructions[::-1])[::-1], targets[::-1], stds)
 
