@@ -84,10 +84,10 @@ class SegmentationHead(nn.Module):
 
     def segment(self, squares: Levels) -> Tensor:
         """Return the logits ``(B, 1, H, W)`` by squared differences ``[(B, C_j, H_j, W_j)]``."""
+        dtype = self.classifier.weight.dtype
         with full_precision(squares[0]):
             residuals = []
-            for reduction, square in zip(self.reductions, squares, strict=True):
-                square = square.to(reduction.weight.dtype)
+            for reduction, square in zip(self.reductions, (x.to(dtype) for x in squares), strict=True):
                 distance = 2.5 * square.mean(dim=1, keepdim=True)  # five times the cosine distance
                 residual = torch.cat([reduction(square), distance], dim=1)
                 residuals.append(F.interpolate(residual, size=self.grid_size, mode="bilinear"))
