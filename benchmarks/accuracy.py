@@ -34,14 +34,15 @@ import yaml
 from accuracy_report import Report, Row
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
-from anomalib.models import AnomalibModule, get_model
+from anomalib.models import AnomalibModule
 from lightning.pytorch import Callback, LightningModule, Trainer
+from retrieval_bank import RetrievalBank
 from speed import interleave, speedup, spread
 from speed_models import Setup, openvino, runtime
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_uniass import UniAS, Unified
+from anomalib_uniass import BoundedPatchcore, UniAD, UniAS, Unified
 from anomalib_uniass.layers.gaussian_blur import GaussianBlur2d
 from anomalib_uniass.layers.standardization import FeatureStandardization
 from anomalib_uniass.metrics import CategoryMetrics, CategoryMetricsCallback
@@ -60,21 +61,21 @@ class Run:
 
     Args:
         name: Unique name, also of its folder.
-        model: Class name of the model.
+        model: Class of the model.
         arguments: Its constructor's arguments.
         epochs: Length of the training; None leaves it to the model.
         change: What is done to the model before it is trained.
     """
 
     name: str
-    model: str
+    model: type[AnomalibModule]
     arguments: dict[str, Any] = field(default_factory=dict)
     epochs: int | None = None
     change: Callable[[Any], None] | None = None
 
     def build(self) -> AnomalibModule:
         """Return the model, not trained."""
-        model = get_model({"class_path": self.model, "init_args": self.arguments | {"evaluator": False}})
+        model = self.model(**self.arguments, evaluator=False)
         if self.change is not None:
             self.change(model)
         return model
@@ -204,7 +205,7 @@ class Study:
             self.report.unfinished(run.name)
             return None
         facts = {
-            "model": run.model,
+            "model": run.model.__name__,
             "arguments": run.arguments,
             "epochs": run.epochs,
             "fit_seconds_of_the_last_piece": round(time.monotonic() - start),
@@ -384,20 +385,22 @@ def model_runs(seeds: Iterable[int], epochs: int | None) -> list[Run]:
     epochs_of_unias = epochs or config["trainer"]["max_epochs"]
     backbone = {name: unias[name] for name in ("backbone", "weights", "visualizer")}
     uniad = backbone | {"learning_rate": 5e-4, "lr_schedule": "onecycle"}
-    runs = [Run(name="patchcore_0", model="BoundedPatchcore", arguments=backbone)]
+    runs = []
     for seed in seeds:
         runs += [
-            Run(name=f"best_{seed}", model="UniAS", arguments=unias | {"seed": seed}, epochs=epochs_of_unias),
+            Run(name=f"best_{seed}", model=UniAS, arguments=unias | {"seed": seed}, epochs=epochs_of_unias),
             paper_run(f"paper_{seed}", unias | {"seed": seed}, epochs_of_unias),
-            Run(name=f"uniad_{seed}", model="UniAD", arguments=uniad | {"seed": seed}, epochs=epochs or UNIAD_EPOCHS),
+            Run(name=f"uniad_{seed}", model=UniAD, arguments=uniad | {"seed": seed}, epochs=epochs or UNIAD_EPOCHS),
         ]
+    runs.append(Run(name="patchcore_0", model=BoundedPatchcore, arguments=backbone))
+    runs.append(Run(name="bank_retrieval_0", model=RetrievalBank, arguments=backbone))
     return runs
 
 
 def paper_run(name: str, arguments: dict[str, Any], epochs: int) -> Run:
     """Return a training of the paper's model, but on standardised features: they help short trainings."""
     paper = arguments | {"recipe": "paper"}
-    return Run(name=name, model="UniAS", arguments=paper, epochs=epochs, change=standardize_features)
+    return Run(name=name, model=UniAS, arguments=paper, epochs=epochs, change=standardize_features)
 
 
 def standardize_features(model: UniAS) -> None:
@@ -425,8 +428,8 @@ def ablation_runs(epochs: int) -> list[Run]:
         "no Gaussian split": leave_out_split,
         "no MGG-CNN in the decoder": leave_out_mgg_cnn,
     }
-    runs = [Run(name=name, model="UniAS", arguments=base | change, epochs=epochs) for name, change in changes.items()]
-    runs += [Run(name=name, model="UniAS", arguments=base, epochs=epochs, change=part) for name, part in parts.items()]
+    runs = [Run(name=name, model=UniAS, arguments=base | change, epochs=epochs) for name, change in changes.items()]
+    runs += [Run(name=name, model=UniAS, arguments=base, epochs=epochs, change=part) for name, part in parts.items()]
     runs.append(paper_run("the paper on standardised features", base, epochs))
     return [replace(run, name=f"ablation_{run.name.replace(' ', '_')}") for run in runs]
 
@@ -492,20 +495,20 @@ def main() -> None:
         deadline=time.monotonic() + 60 * args.minutes,
     )
     ablations = ablation_runs(args.ablation_epochs)
-    runs = model_runs(args.seeds, args.epochs)  # the bank, then the recipe of the first seed
+    runs = model_runs(args.seeds, args.epochs)  # the recipe of the first seed comes first
     if "models" in args.sections:
         for run in runs:
             study.train("models", run)
     if "maps" in args.sections:
-        study.compare_maps(runs[1])
+        study.compare_maps(runs[0])
     if "ablations" in args.sections:
         for run in ablations:
             study.train("ablations", run)
     if "levels" in args.sections:
         study.measure_levels("levels", ablations[-1], level_errors)
-        study.measure_levels("explained", runs[1], explained_shares)
+        study.measure_levels("explained", runs[0], explained_shares)
     if "presets" in args.sections:
-        study.time_presets(runs[1], args.repeats)
+        study.time_presets(runs[0], args.repeats)
     print(study.report.markdown())
 
 

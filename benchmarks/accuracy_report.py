@@ -40,7 +40,8 @@ class Report:
         report = cls(path, json.loads(file.read_text()) if file.exists() else {})
         for section in SECTIONS:
             for row in report.rows(section).values():
-                row["means"] = group_means(row["categories"])  # an older file may have fewer
+                if "categories" in row:  # those of elpv.py have scores
+                    row["means"] = group_means(row["categories"])  # an older file may have fewer
         return report
 
     def rows(self, section: str) -> dict[str, Row]:
