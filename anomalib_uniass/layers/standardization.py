@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from anomalib_uniass.distribution import of_all_processes
+
 
 class FeatureStandardization(nn.Module):
     """Scale every backbone channel to zero mean and unit variance: ``[(B, C_i, H_i, W_i)] -> the same``.
@@ -29,7 +31,7 @@ class FeatureStandardization(nn.Module):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Sequence[Tensor]]) -> None:
-        """Take the statistics of batches of features.
+        """Take the statistics of batches of features; in a distributed run of those of all processes.
 
         Args:
             batches: Features ``[(B, C_i, H_i, W_i)]`` of the training set.
@@ -38,12 +40,15 @@ class FeatureStandardization(nn.Module):
             ValueError: If there is no batch.
         """
         moments = [torch.zeros(2, self._mean(i).numel(), dtype=torch.float64) for i in range(self.levels)]
-        count = 0
+        count = torch.zeros((), dtype=torch.float64)
         for features in batches:
             count += len(features[0])
             for total, feature in zip(moments, features, strict=True):
                 first_two = torch.stack([feature.mean(dim=(2, 3)), feature.square().mean(dim=(2, 3))])
                 total += first_two.sum(dim=1).cpu()  # per image, summed on the CPU: not every device has float64
+        count, *moments = (
+            torch.stack(shares).sum(dim=0) for shares in zip(*of_all_processes([count, *moments]), strict=True)
+        )
         if not count:
             msg = "Feature standardisation needs at least one batch of training images, got none."
             raise ValueError(msg)

@@ -174,8 +174,8 @@ class UniAS(ReconstructionMixin, AnomalibModule):
 
     def frozen_parts(self) -> list[nn.Module]:
         """Return the parts of the network that do not change from step to step; the head comes behind the last."""
-        head = self.model.segmentation_head
-        return super().frozen_parts() + ([] if head is None else [head])
+        more = (self.model.standardization, self.model.segmentation_head)
+        return super().frozen_parts() + [part for part in more if part is not None]
 
     def on_fit_start(self) -> None:
         """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them.
