@@ -46,7 +46,7 @@ from tests.models.test_unias_parity import official_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = [
-    *(ROOT / name for name in ("README.md", "MODEL_CARD.md", "benchmarks/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "MODEL_CARD.md", "benchmarks/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "configs").glob("*.yaml")),
 ]
@@ -89,8 +89,8 @@ PYTHON = {
 }
 """Texts of Python blocks and their replacements, each of which must be found somewhere."""
 
-FILES_AND_FOLDERS = re.compile(r"DIR/<category>/|[\w/]+\.py →")
-"""Beginnings of blocks that show folders, or files in the order in which to read them."""
+FOLDERS = re.compile(r"DIR/<category>/")
+"""Beginning of blocks that show folders."""
 
 LEAVES = {
     "train": "results/**/metrics/per_category.csv",
@@ -381,12 +381,33 @@ def test_documented_package_is_ours_or_declared(written: str) -> None:
     assert {package.partition("[")[0] for package in packages} <= declared
 
 
+@pytest.mark.parametrize(
+    "page", [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/*.svg"), ROOT / "README.md"], ids=lambda p: p.name
+)
+def test_named_files_are_where_they_are_said_to_be(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    names = set(re.findall(r"(?<![\w/.])(?:\w+/)*\w+\.(?:py|yaml)\b", text))
+    places = ("", "anomalib_uniass/", "anomalib_uniass/models/unias/", "configs/")
+    assert [name for name in sorted(names) if not any((ROOT / place / name).is_file() for place in places)] == []
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_readme_is_short_and_narrow() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 130
+    assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda p: p.name)
+def test_a_page_of_the_docs_is_short(page: Path) -> None:
+    assert len(page.read_text(encoding="utf-8").splitlines()) < 150
+
+
 @pytest.mark.parametrize("place", BLOCKS)
 def test_documented_block_of_code_runs(place: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     block = BLOCKS[place]
-    if FILES_AND_FOLDERS.match(block):
-        for name in re.findall(r"[\w/]+\.py", block):
-            assert [*ROOT.glob(f"anomalib_uniass/**/{name}"), *ROOT.glob(name)], f"{name} is not where it was"
+    if FOLDERS.match(block):
         return
     if is_python(block):
         run_python_block(block)
