@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_seed, check_text, check_whole
+from anomalib_uniass.data.defect_sizes import say_what_gets_lost
 from anomalib_uniass.deploy.export import ExportMixin
 from anomalib_uniass.deploy.pre_processor import AntialiasedPreProcessor
 from anomalib_uniass.distribution import keep_constants_local
@@ -158,6 +159,9 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
         self._resumed = {} if stage == "fit" else None  # not what an earlier training went on from
         if self.trainer.world_size > 1:
             keep_constants_local(self, frozen=self.frozen_parts())
+        samples = getattr(getattr(getattr(self.trainer, "datamodule", None), "test_data", None), "samples", None)
+        if stage == "fit" and self.trainer.is_global_zero and samples is not None:
+            say_what_gets_lost(samples, self.model.image_size)
 
     def frozen_parts(self) -> list[nn.Module]:
         """Return the parts of the network that do not change from step to step."""

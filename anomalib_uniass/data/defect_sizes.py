@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How small defects become at the size that a model works at: said before training, for nothing else says it."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from anomalib.data.utils import LabelName
+
+from anomalib_uniass.data.images import read_mask
+
+logger = logging.getLogger(__name__)
+
+TOKEN = 16
+"""Pixels along a token of the models of this package."""
+
+MOST_MASKS = 50
+"""Masks of a category that are looked at."""
+
+SMALL = 0.1
+"""Share of the defects that may be smaller than a token at an advised size."""
+
+
+class DefectSizes(NamedTuple):
+    """Sizes of the defects of a category.
+
+    Attributes:
+        sides: Side of the square of a defect's area, in pixels of its image, one a defect.
+        scales: Geometric mean of the two factors by which its image is resized.
+        native: Largest height and width of the images.
+    """
+
+    sides: npt.NDArray[np.float64]
+    scales: npt.NDArray[np.float64]
+    native: tuple[int, int]
+
+    def smaller_than(self, pixels: float) -> float:
+        """Return the share of the defects that become smaller than some pixels."""
+        return float(np.mean(self.sides * self.scales < pixels))
+
+    def advised_size(self, image_size: tuple[int, int]) -> tuple[int, int] | None:
+        """Return the size, in steps of 32, that keeps nine tenths of the defects above a token.
+
+        Returns:
+            None if `image_size` does, or the images themselves are too small to.
+        """
+        factor = TOKEN / float(np.quantile(self.sides * self.scales, SMALL))
+        if factor <= 1:
+            return None
+        height, width = (32 * math.ceil(length * factor / 32) for length in image_size)
+        return (height, width) if height <= self.native[0] and width <= self.native[1] else None
+
+
+def defect_sizes(samples: pd.DataFrame, image_size: tuple[int, int]) -> dict[str, DefectSizes]:
+    """Measure the defects in the masks of a test set, up to `MOST_MASKS` a category, evenly over its images.
+
+    Args:
+        samples: Frame with the columns ``label_index``, ``mask_path`` and, if there are several, ``category``.
+        image_size: Height and width that images are resized to.
+
+    Returns:
+        Sizes by category, of those that have masks with defects.
+    """
+    defective = samples[samples["label_index"] == LabelName.ABNORMAL]
+    categories = defective.get("category", pd.Series("all", index=defective.index))
+    return {
+        str(category): sizes
+        for category, rows in defective.groupby(categories.astype(str))
+        if (sizes := _measure(list(_masks(rows["mask_path"])), image_size)) is not None
+    }
+
+
+def _masks(paths: Iterable[object]) -> Iterator[str]:
+    """Yield the paths of masks, of which an image has one, several or none."""
+    for path in paths:
+        if isinstance(path, str):
+            yield from [path] if path else []
+        elif isinstance(path, Iterable):
+            yield from map(str, path)
+
+
+def _measure(masks: list[str], image_size: tuple[int, int]) -> DefectSizes | None:
+    sides, scales, shapes = [], [], []
+    step = max(1, math.ceil(len(masks) / MOST_MASKS))
+    for path in masks[::step]:
+        try:
+            mask = np.asarray(read_mask(path), np.uint8)
+        except ValueError:  # the test says so
+            continue
+        _, _, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+        found = np.sqrt(stats[1:, cv2.CC_STAT_AREA].astype(np.float64))  # the first region is what is good
+        sides.append(found)
+        scales.append(np.full(len(found), math.sqrt(image_size[0] / mask.shape[0] * image_size[1] / mask.shape[1])))
+        shapes.append(mask.shape)
+    if not sum(map(len, sides)):
+        return None
+    native = (max(shape[0] for shape in shapes), max(shape[1] for shape in shapes))
+    return DefectSizes(np.concatenate(sides), np.concatenate(scales), native)
+
+
+def say_what_gets_lost(samples: pd.DataFrame, image_size: tuple[int, int]) -> None:
+    """Log a line per category whose defects get smaller than a token, and a warning if some get lost altogether."""
+    height, width = image_size
+    for category, sizes in defect_sizes(samples, image_size).items():
+        small, lost = sizes.smaller_than(TOKEN), sizes.smaller_than(1)
+        if not small:
+            continue
+        advised = sizes.advised_size(image_size)
+        advice = f" image_size [{advised[0]}, {advised[1]}] would keep nine of ten above a token." if advised else ""
+        logger.log(
+            logging.WARNING if lost else logging.INFO,
+            "%s: at %d x %d pixels %.0f %% of %d defects in the masks become smaller than a token (%d x %d pixels), "
+            "%.0f %% smaller than a pixel.%s",
+            category, height, width, 100 * small, len(sizes.sides), TOKEN, TOKEN, 100 * lost, advice,
+        )  # fmt: skip
