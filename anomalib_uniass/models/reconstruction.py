@@ -28,6 +28,7 @@ from anomalib_uniass.distribution import keep_constants_local
 from anomalib_uniass.layers.seeding import random_states, set_random_states
 from anomalib_uniass.metrics import CategoryMetricsCallback
 from anomalib_uniass.models.complete_run import CompleteRunMixin
+from anomalib_uniass.models.progress import ProgressLines
 from anomalib_uniass.prediction import PredictionMixin
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Put the per-category metrics before anomalib's callbacks: they need maps that are not normalised yet."""
-        return [CategoryMetricsCallback(), *super().configure_callbacks()]
+        return [CategoryMetricsCallback(), ProgressLines(), *super().configure_callbacks()]
 
     @staticmethod
     def configure_evaluator() -> Evaluator:

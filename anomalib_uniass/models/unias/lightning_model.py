@@ -12,6 +12,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from anomalib_uniass import acceleration
@@ -19,6 +20,7 @@ from anomalib_uniass.arguments import check_choice, check_flag, check_number, ch
 from anomalib_uniass.deploy.quantization import quantize_reconstruction
 from anomalib_uniass.distribution import of_all_processes
 from anomalib_uniass.layers.seeding import seeded
+from anomalib_uniass.models.progress import say_progress
 from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_arguments
 from anomalib_uniass.models.unias.loss import CosineTerm, ReconstructionLoss
 from anomalib_uniass.models.unias.segmentation_head import SegmentationHead
@@ -199,7 +201,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         training = self.model.training
         self.model.eval()
         if whitening is not None:
-            logger.info("Taking the statistics of the errors over the training set.")
+            rank_zero_info("Taking the statistics of the errors over the training set.")
             whitening.fit_clusters(self.model.backbone(image)[-1] for image in self.training_images())
             whitening.fit(self.model.reconstruct(image)[:2] for image in self.training_images())
             whitening.fit_directions(self.model.reconstruct(image)[:2] for image in self.training_images())
@@ -211,11 +213,11 @@ class UniAS(ReconstructionMixin, AnomalibModule):
     def _fit_segmentation_head(self, head: SegmentationHead) -> None:
         """Train the segmentation head on process 0, for all of a distributed run."""
         count = max(1, min(SEGMENTATION_BATCHES, self.trainer.global_step))
-        logger.info("Training the segmentation head on %d batches.", count)
         if self.trainer.is_global_zero:
             with seeded(0):
+                batches = self.random_training_images(count, size=SEGMENTATION_BATCH)
                 head.fit(
-                    self.random_training_images(count, size=SEGMENTATION_BATCH),
+                    say_progress(batches, count=count, what="Segmentation head"),
                     lambda image: self.model.reconstruct(image)[:2],
                     count=count,
                 )
