@@ -196,14 +196,23 @@ class Study:
             return None
         print(f"  {run.name} ...", flush=True)
         model = run.build()
+        checkpoint = self.checkpoint(run.name)
         length = {} if run.epochs is None else {"max_epochs": run.epochs, "check_val_every_n_epoch": 1}
         stop = StopAtDeadline(self.deadline)
         engine = Engine(default_root_dir=self.work / run.name, callbacks=[*callbacks, stop], **length)
         start = time.monotonic()
-        engine.fit(model, datamodule=datamodule, ckpt_path=self.checkpoint(run.name))
-        if run.epochs is not None and engine.trainer.current_epoch < run.epochs:
-            self.report.unfinished(run.name)
-            return None
+        saved = {} if checkpoint is None else torch.load(checkpoint, map_location="cpu", weights_only=False)
+        if run.epochs is not None and saved.get("epoch", 0) + 1 >= run.epochs:  # it was trained, but not tested
+            model.load_state_dict(saved["state_dict"])
+            for callback in callbacks:
+                callback.load_state_dict(saved["callbacks"][callback.state_key])
+            steps = saved["global_step"]
+        else:
+            engine.fit(model, datamodule=datamodule, ckpt_path=checkpoint)
+            if run.epochs is not None and engine.trainer.current_epoch < run.epochs:
+                self.report.unfinished(run.name)
+                return None
+            steps = engine.trainer.global_step
         facts = {
             "model": run.model.__name__,
             "arguments": run.arguments,
@@ -211,7 +220,7 @@ class Study:
             "fit_seconds_of_the_last_piece": round(time.monotonic() - start),
             "parameters": sum(p.numel() for p in model.parameters()),
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "device": engine.trainer.strategy.root_device.type,
+            "steps": steps,
         }
         return model, engine, facts
 
@@ -357,8 +366,10 @@ def map_variants(generator: AnomalyMapGenerator) -> dict[str, Callable[[Reconstr
         def predict(reconstruction: Reconstruction) -> Prediction:
             reconstructions, targets, _ = reconstruction
             maps = levels.level_maps(reconstructions, targets)
-            fused = levels.fuse(maps, targets) if fuse is None else fuse(maps)
-            anomaly_map = F.interpolate(fused, scale_factor=2.0, mode="bilinear", align_corners=True)
+            if fuse is None:
+                anomaly_map = levels.fuse(maps, targets)
+            else:
+                anomaly_map = F.interpolate(fuse(maps), scale_factor=2.0, mode="bilinear", align_corners=True)
             anomaly_map = smooth(anomaly_map) if blur else anomaly_map
             return Prediction(anomaly_map, image_score(anomaly_map, reduction=reduction))
 

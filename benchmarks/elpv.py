@@ -345,11 +345,11 @@ class CellStudy(Study):
         fitted = self.fit(run, datamodule)
         if fitted is None:
             return
-        model, engine, facts = fitted
-        device = engine.trainer.strategy.root_device
+        model, _, facts = fitted
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         scores = image_scores(model, datamodule.test_dataloader(), device)
         tables = {name: evaluate(values, self.cells) for name, values in scores.items()}
-        facts |= {"images": len(datamodule.train_data), "steps": engine.trainer.global_step}
+        facts |= {"images": len(datamodule.train_data)}
         self.report.add_run(run.name, tables, facts)
 
 

@@ -60,7 +60,7 @@ def test_autocast_maps_are_those_of_float32_from_the_same_features(kind: str, dt
     assert actual.dtype == output.anomaly_map.dtype == output.pred_score.dtype == torch.float32
     assert torch.equal(actual, expected) and torch.equal(output.anomaly_map, expected)
     assert len(expected.unique()) > 0.9 * expected.numel()
-    assert torch.equal(output.pred_score, _score(model, expected))
+    assert torch.equal(output.pred_score, _score(model, expected, wide))
 
 
 def _map(model: nn.Module, reconstruction: Any, target: Any) -> Tensor:
@@ -69,13 +69,14 @@ def _map(model: nn.Module, reconstruction: Any, target: Any) -> Tensor:
     return model.anomaly_map(reconstruction, target)
 
 
-def _score(model: nn.Module, anomaly_map: Tensor) -> Tensor:
-    """Return the papers' scores of the releases, and the mean of the highest percent."""
+def _score(model: nn.Module, anomaly_map: Tensor, wide: list[Any]) -> Tensor:
+    """Return the papers' scores of the releases, and the mean of the highest percent of the coarse levels."""
     if isinstance(model, UniASModel):
-        pixels = anomaly_map.flatten(1)
-        if model.score == "std":
-            return pixels.std(dim=1)
-        return pixels.sort(dim=1, descending=True).values[:, : round(pixels.shape[1] / 100)].mean(dim=1)
+        if not model.coarse_score:
+            return anomaly_map.flatten(1).std(dim=1)
+        coarse, finer, *_ = model.anomaly_map.level_maps(*wide)
+        pixels = (coarse * finer).square().flatten(1)
+        return pixels.topk(round(pixels.shape[1] / 100), dim=1).values.mean(dim=1)
     return nn.functional.avg_pool2d(anomaly_map, 16, stride=1).amax(dim=(1, 2, 3))
 
 

@@ -63,18 +63,18 @@ class AnomalyMapGenerator(nn.Module):
         return distances
 
     def fuse(self, maps: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        """Return the product of the level maps, ``(B, 1, H / 2, W / 2)``, of those that say something of the image."""
+        """Return the product of the level maps, ``(B, 1, H, W)``, of those that say something of the image."""
         maps = [widen(m) for m in maps]
         if self.whitening is not None:
             exponents = self.whitening.exponents[self.whitening.clusters(targets[0])].T[:, :, None, None, None]
             maps = [m.clamp_min(0) ** exponent for m, exponent in zip(maps, exponents, strict=True)]
-        return reduce(torch.mul, maps)  # m4 * m3 * m2 * m1
+        fused = reduce(torch.mul, maps)  # m4 * m3 * m2 * m1
+        with full_precision(fused):
+            return F.interpolate(fused, scale_factor=2.0, mode="bilinear", align_corners=True)
 
     def forward(self, reconstructions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """Return the fused level maps at the input's size."""
-        fused = self.fuse(self.level_maps(reconstructions, targets), targets)
-        with full_precision(fused):
-            return F.interpolate(fused, scale_factor=2.0, mode="bilinear", align_corners=True)
+        return self.fuse(self.level_maps(reconstructions, targets), targets)
 
 
 def cosine_distance(x: Tensor, y: Tensor) -> Tensor:

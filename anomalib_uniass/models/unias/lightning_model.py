@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 STANDARDIZATION_BATCHES = 100
 """Batches of the training set over which features are standardised, at most."""
 
-SEGMENTATION_BATCHES = 500
+SEGMENTATION_BATCHES = 1000
 """Batches of the segmentation head's training, at most; a shorter training of the model gives it as few."""
 
 SEGMENTATION_BATCH = 8

@@ -23,9 +23,6 @@ RARE = 0.01
 WEIGHT = 0.2
 """Weight of the head's probabilities beside the distances of the reconstruction."""
 
-MIRRORED = ((), (3,), (2,))
-"""Dimensions over which the residuals of a batch are mirrored, a step each."""
-
 LEARNING_RATE = 2e-3
 FOCAL_WEIGHT = 10.0
 
@@ -80,16 +77,14 @@ class SegmentationHead(nn.Module):
 
     def forward(self, reconstructions: Levels, targets: Levels) -> Tensor:
         """Return the logits of every pixel."""
-        return self.segment(_squared_differences(reconstructions, targets))
-
-    def segment(self, squares: Levels) -> Tensor:
-        """Return the logits ``(B, 1, H, W)`` by squared differences ``[(B, C_j, H_j, W_j)]``."""
         dtype = self.classifier.weight.dtype
-        with full_precision(squares[0]):
+        with full_precision(targets[0]):
             residuals = []
-            for reduction, square in zip(self.reductions, (x.to(dtype) for x in squares), strict=True):
-                distance = 2.5 * square.mean(dim=1, keepdim=True)  # five times the cosine distance
-                residual = torch.cat([reduction(square), distance], dim=1)
+            for reduction, pair in zip(self.reductions, zip(reconstructions, targets, strict=True), strict=True):
+                x, y = (F.normalize(widen(features), dim=1) for features in pair)
+                squares = ((x - y).square() * x.shape[1]).to(dtype)  # (B, C_j, H_j, W_j), about as large whatever C_j
+                distance = 2.5 * squares.mean(dim=1, keepdim=True)  # five times the cosine distance
+                residual = torch.cat([reduction(squares), distance], dim=1)
                 residuals.append(F.interpolate(residual, size=self.grid_size, mode="bilinear"))
             logits = self.classifier(self.body(torch.cat(residuals, dim=1)))  # (B, 1, H / 4, W / 4)
             return F.interpolate(widen(logits), size=self.image_size, mode="bilinear")
@@ -111,8 +106,6 @@ class SegmentationHead(nn.Module):
     ) -> None:
         """Train on pseudo-defects, from the start: an earlier training was behind another reconstruction.
 
-        A reconstruction costs more than a step of the head, so each serves for three steps.
-
         Args:
             batches: Normalised good images ``(B, 3, H, W)``.
             reconstruct: Returns reconstructions and targets, by the trained network in evaluation mode.
@@ -121,33 +114,21 @@ class SegmentationHead(nn.Module):
         self._reset_parameters()
         self.requires_grad_(True)
         optimizer = torch.optim.AdamW(self.parameters(), LEARNING_RATE, weight_decay=1e-4)
-        schedule = OneCycleLR(optimizer, LEARNING_RATE, total_steps=count * len(MIRRORED))
+        schedule = OneCycleLR(optimizer, LEARNING_RATE, total_steps=count)
         super().train()
         for images in batches:
             defective, masks = add_pseudo_defects(images)
             with torch.no_grad():
-                squares = _squared_differences(*reconstruct(defective))
-            for dims in MIRRORED:
-                with torch.enable_grad():
-                    logits = self.segment([square.flip(dims) for square in squares])
-                    loss = segmentation_loss(logits, masks.flip(dims))
-                    optimizer.zero_grad()
-                    loss.backward()
-                optimizer.step()
-                schedule.step()
+                reconstructions, targets = reconstruct(defective)
+            with torch.enable_grad():
+                loss = segmentation_loss(self(reconstructions, targets), masks)
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+            schedule.step()
         self.eval()
         self.requires_grad_(False)
         self.fitted.fill_(True)
-
-
-def _squared_differences(reconstructions: Levels, targets: Levels) -> list[Tensor]:
-    """Return squared differences of the normalised features, times C_j: about as large whatever C_j."""
-    squares = []
-    with full_precision(targets[0]):
-        for pair in zip(reconstructions, targets, strict=True):
-            x, y = (F.normalize(widen(features), dim=1) for features in pair)
-            squares.append((x - y).square() * x.shape[1])
-    return squares
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ from anomalib_uniass.layers.mgg_cnn import MultiGranularityGatedCNN
 from anomalib_uniass.layers.seeding import seeded
 from anomalib_uniass.layers.standardization import FeatureStandardization
 from anomalib_uniass.layers.token_grid import check_image_size, token_grid
-from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, ImageScore, image_score
+from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, image_score
 from anomalib_uniass.models.unias.decoder import HEADS, SpatialChannelDecoder
 from anomalib_uniass.models.unias.heads import ReconstructionHead
 from anomalib_uniass.models.unias.pixel_decoder import NORM_GROUPS, FPNPixelDecoder
 from anomalib_uniass.models.unias.queries import GatedQueryGenerator
-from anomalib_uniass.models.unias.residual_whitening import ResidualWhitening
+from anomalib_uniass.models.unias.residual_whitening import COARSE_LEVELS, ResidualWhitening
 from anomalib_uniass.models.unias.segmentation_head import SegmentationHead
 from anomalib_uniass.models.unias.source_embedding import SourceEmbedding
 
@@ -65,7 +65,8 @@ class UniASModel(nn.Module):
             - reconstructs the features themselves instead of their low frequencies,
             - compares by the statistics of the errors on good images (``anomaly_map.whitening``),
             - segments by the residuals too, as learned from pseudo-defects (``segmentation_head``),
-            - scores an image by the highest percent of its map instead of the map's standard deviation.
+            - scores an image by the highest percent of the coarse levels' product instead of the map's standard
+              deviation: fine levels and the head outline a defect, but say less of whether there is one.
         seed: Seed of the initial weights; leaves torch's global generator alone. None draws from the latter.
 
     Raises:
@@ -92,8 +93,8 @@ class UniASModel(nn.Module):
         self.image_size = image_size
         self.grid_size = grid_size
         best = recipe == "best"
-        self.score: ImageScore = "top" if best else "std"
         self.low_frequencies = not best  # what is reconstructed
+        self.coarse_score = best
 
         with seeded(seed):
             self.backbone = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights, image_size=image_size)
@@ -205,10 +206,16 @@ class UniASModel(nn.Module):
     def detect(self, reconstruction: Reconstruction) -> InferenceBatch:
         """Return raw anomaly map ``(B, 1, H, W)`` and raw image score ``(B,)`` of a reconstruction."""
         reconstructions, targets, _ = reconstruction
-        anomaly_map = self.anomaly_map(reconstructions, targets)
+        level_maps = self.anomaly_map.level_maps(reconstructions, targets)
+        anomaly_map = self.anomaly_map.fuse(level_maps, targets)
         if self.segmentation_head is not None:
             anomaly_map = self.segmentation_head.refine(anomaly_map, reconstructions, targets)
-        return InferenceBatch(anomaly_map=anomaly_map, pred_score=image_score(anomaly_map, reduction=self.score))
+        if self.coarse_score:
+            coarse = torch.stack(level_maps[:COARSE_LEVELS]).prod(dim=0) ** 2  # as a product of four distances
+            score = image_score(coarse, reduction="top")
+        else:
+            score = image_score(anomaly_map)
+        return InferenceBatch(anomaly_map=anomaly_map, pred_score=score)
 
 
 def _validate_sizes(image_size: tuple[int, int], *, hidden_dim: int, channel_branch: bool) -> tuple[int, int]:
