@@ -272,7 +272,8 @@ class Report(StudyReport):
             "# Real defects at image level: solar cells",
             "Image AUROC in percent per busbar layout (wafer and number of busbars), and the mean over layouts. "
             "Trained on cells with p = 0, tested on p = 0 against p = 1; whole modules on one side; every cell scaled "
-            "to one median brightness. `own` is the model's own image score, UniAS's is `std`; the others are the "
+            "to one median brightness. `own` is the model's own image score: `best` has the mean of the top 1 % of its "
+            "coarse levels, the paper and `unias`, an earlier configuration, have `std`; the others are the "
             "standard deviation, the maximum, and the mean of the top 1 % of its raw map; `levels 4 and 3` is the "
             "standard deviation of the product of these levels of UniAS.",
             table(counts, tuple(counts[0])),

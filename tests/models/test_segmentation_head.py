@@ -183,9 +183,10 @@ def test_the_head_comes_last_and_changes_nothing_before(root: Path, tmp_path: Pa
     outputs = [m.eval()(images) for m in (model, loaded)]
     for a, b in zip(*outputs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    calibrations = [m.post_processor.calibration["image"] for m in (loaded, plain)]
-    assert calibrations[0].keys() == calibrations[1].keys() >= {"bolt", "cap"}
-    assert all(calibrations[0][name] != calibrations[1][name] for name in ("bolt", "cap"))  # of the refined maps
+    image, pixel = ([m.post_processor.calibration[kind] for m in (loaded, plain)] for kind in ("image", "pixel"))
+    assert image[0] == image[1]  # scores are of the coarse levels
+    assert pixel[0].keys() == pixel[1].keys() >= {"bolt", "cap"}
+    assert all(pixel[0][name] != pixel[1][name] for name in ("bolt", "cap"))  # of the refined maps
 
 
 @pytest.mark.usefixtures("few_steps")
