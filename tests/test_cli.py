@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from anomalib.cli.cli import main
 from anomalib.data.utils import read_image
 from anomalib.deploy import OpenVINOInferencer
@@ -106,6 +107,14 @@ def test_fast_preset_trains_on_own_data(anomalib: Anomalib, tmp_path: Path, no_n
     checkpoint = run / "weights/lightning/model.ckpt"
     anomalib("test", "--config", str(CONFIGS / "unias_fast.yaml"), "--data.root", root, "--ckpt_path", str(checkpoint))
     assert UniAS.load_from_checkpoint(checkpoint).post_processor.calibration["image"].keys() == set(categories)
+
+
+@pytest.mark.parametrize("name", ["benchmarks/configs/inspection.yaml", "configs/demo.yaml"])
+def test_what_is_measured_is_the_fast_preset(name: str) -> None:
+    preset, measured = (
+        yaml.safe_load((CONFIGS.parent / path).read_text()) for path in ("configs/unias_fast.yaml", name)
+    )
+    assert (measured["model"], measured["trainer"]) == (preset["model"], preset["trainer"])
 
 
 def test_image_labels_alone(anomalib: Anomalib, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
