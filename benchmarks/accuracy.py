@@ -204,6 +204,7 @@ class Study:
         saved = {} if checkpoint is None else torch.load(checkpoint, map_location="cpu", weights_only=False)
         if run.epochs is not None and saved.get("epoch", 0) + 1 >= run.epochs:  # it was trained, but not tested
             model.load_state_dict(saved["state_dict"])
+            datamodule.setup()
             for callback in callbacks:
                 callback.load_state_dict(saved["callbacks"][callback.state_key])
             steps = saved["global_step"]

@@ -18,6 +18,7 @@ from PIL import Image
 from anomalib_uniass.__main__ import main as our_main
 from anomalib_uniass.benchmark import check_entries
 from anomalib_uniass.metrics.functional import METRICS
+from anomalib_uniass.models.unias.segmentation_head import SegmentationHead
 from tests.helpers.datasets import make_mvtec_layout
 from tests.helpers.sample_data import write_small_sample
 
@@ -83,10 +84,11 @@ def test_shipped_demo_benchmark(benchmark: Benchmark, tmp_path: Path) -> None:
     assert table[["fit_seconds", "test_seconds"]].to_numpy().min() > 0
     unias, uniad, patchcore = table.to_dict("records")
     assert patchcore["trainable_parameters"] == 0 < patchcore["parameters"]
-    # The backbone is the same and frozen; a width of 32 needs few weights of its own.
-    for model in (unias, uniad):
+    # The backbone is the same and frozen, and the head of UniAS has a training of its own.
+    head = SegmentationHead((112, 40, 24, 16), image_size=(128, 128))
+    for model, more in ((unias, sum(p.numel() for p in head.parameters())), (uniad, 0)):
         assert 0 < model["trainable_parameters"] < model["parameters"]
-        assert model["parameters"] - model["trainable_parameters"] == patchcore["parameters"]
+        assert model["parameters"] - model["trainable_parameters"] == patchcore["parameters"] + more
     assert "coreset_size=50" in patchcore["settings"]
     assert "max_epochs=1" in unias["settings"]
 
@@ -216,7 +218,8 @@ def test_shipped_entries_can_be_made_and_train_as_the_configuration_of_unias_alo
         assert {type(value) for value in models[-1].hparams.values()} <= {str, int, float, bool, tuple, type(None)}
     assert [type(model).__name__ for model in models] == ["UniAS", "UniAD", "BoundedPatchcore"]
 
-    alone = yaml.safe_load((CONFIGS[name] / f"{name}.yaml").read_text())
+    own = {"own_data": "unias_fast"}.get(name, name)
+    alone = yaml.safe_load((CONFIGS[name] / f"{own}.yaml").read_text())
     expected = alone["model"]["init_args"] | {"max_epochs": alone["trainer"]["max_epochs"]}
     assert {key: models[0].hparams[key] for key in expected} == expected
     folders = {"root", "comparison"}
