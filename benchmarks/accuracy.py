@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import yaml
-from accuracy_report import Report, Row
+from accuracy_report import Report, Row, host
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
@@ -258,6 +258,7 @@ class Study:
             )
         base = seconds["unias.yaml"]
         rows = [{"preset": n, **spread(s, 1), "speedup": speedup(base, s)} for n, s in seconds.items()]
+        self.report.results["presets_machine"] = host()
         self.report.add_rows("presets", rows)
 
     def trained(self, run: Run) -> tuple[UniAS, Unified]:

@@ -115,6 +115,7 @@ class Report:
                 "## Speed of the presets, OpenVINO float32, batch 1, in one run",
                 "`unias_fast.yaml` is `best` above, trained; `unias.yaml` is the paper's of full size, random weights.",
                 table(self.results["presets"], tuple(self.results["presets"][0])),
+                describe(self.results["presets_machine"]),
             ]
         models = self.rows("models")
         if models:
