@@ -2,6 +2,7 @@
 """Torchmetrics state around the pure functions: one row of metrics per category and their mean."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +13,15 @@ from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from anomalib_uniass.distribution import of_all_processes
+from anomalib_uniass.metrics.compact import CompactMap, compact_metrics, compress
 from anomalib_uniass.metrics.functional import METRICS, PIXEL_METRICS, check_finite, image_metrics, pixel_metrics
 
 MEAN = "mean"
+
+EXACT_PIXELS = 2**29
+"""Pixels of a process, 2.7 GB of them, up to which maps are kept as they are."""
+
 COUNTS = ("n_images", "n_anomalous")
 
 
@@ -24,7 +31,9 @@ class CategoryMetrics(Metric):
     The protocol of the UniAS release's evaluation: every category is scored over all its test images on raw maps; the
     reported value is the plain mean over categories.
 
-    States are tensors that torchmetrics gathers across ranks, kept on the CPU: 5 bytes per pixel. PyTorch's
+    States are tensors that torchmetrics gathers across ranks, kept on the CPU: 5 bytes per pixel. Maps of different
+    sizes, or of more than `EXACT_PIXELS` pixels in all, are kept in a few kilobytes each
+    (:mod:`~anomalib_uniass.metrics.compact`), and metrics of pixels are close to the exact ones then. PyTorch's
     `DistributedSampler` repeats images until every rank has equally many. Hence an image counts on the first rank that
     has it; a rank by itself gets no repeats, so all that it has count.
 
@@ -48,6 +57,11 @@ class CategoryMetrics(Metric):
 
     anomaly_map: list[Tensor]
     gt_mask: list[Tensor]
+    positives: list[Tensor]
+    regions: list[Tensor]
+    bins: list[Tensor]
+    counts: list[Tensor]
+    lengths: list[Tensor]
     pred_score: list[Tensor]
     gt_label: list[Tensor]
     category_id: list[Tensor]
@@ -61,12 +75,13 @@ class CategoryMetrics(Metric):
             raise ValueError(msg)
         # Names do not gather across ranks, ids do.
         self._ids = {name: index for index, name in enumerate(self.categories)}
-        for state in ("anomaly_map", "gt_mask", "pred_score", "gt_label", "category_id", "image_key"):
+        images = ("anomaly_map", "gt_mask", "pred_score", "gt_label", "category_id", "image_key")
+        for state in (*images, *CompactMap._fields, "lengths"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
     @property
     def map_size(self) -> tuple[int, int] | None:
-        """(H, W) of the maps seen so far, None without maps."""
+        """(H, W) of the maps seen so far, None without maps or with maps of several sizes."""
         maps = _entries(self.anomaly_map)
         return (maps[0].shape[1], maps[0].shape[2]) if maps else None
 
@@ -101,7 +116,7 @@ class CategoryMetrics(Metric):
         check_shape(gt_label, (len(ids),), "gt_label")
         check_finite(pred_score, "pred_score")
         has_pixels = anomaly_map is not None and gt_mask is not None
-        if _entries(self.category_id) and has_pixels != bool(_entries(self.anomaly_map)):
+        if _entries(self.category_id) and has_pixels != self._has_pixels:
             msg = "expected anomaly maps and masks with every batch or with none, got both kinds of batches"
             raise ValueError(msg)
         if anomaly_map is not None and gt_mask is not None:
@@ -119,13 +134,13 @@ class CategoryMetrics(Metric):
             `n_images` and `n_anomalous`; the mean leaves NaN out, its counts are totals.
             Undefined values are NaN; one warning per category says why.
         """
-        has_pixels = bool(_entries(self.anomaly_map))
+        has_pixels = self._has_pixels
         if not has_pixels:
             rank_zero_warn(f"No anomaly maps or no masks were given: {', '.join(PIXEL_METRICS)} are NaN.", UserWarning)
         counted = self._counted()
         table = {}
         for name, index in self._ids.items():
-            row = self._compute_row(index, counted, has_pixels=has_pixels)
+            row = self._compute_row(index, counted)
             _warn_undefined(name, row, has_pixels=has_pixels)
             table[name] = row
         table[MEAN] = _mean_row(list(table.values()))
@@ -138,14 +153,52 @@ class CategoryMetrics(Metric):
             raise ValueError(msg)
         return torch.tensor([self._ids[name] for name in category], dtype=torch.int64)
 
+    @property
+    def _has_pixels(self) -> bool:
+        return bool(_entries(self.anomaly_map) or _entries(self.lengths))
+
     def _append_pixels(self, anomaly_map: Tensor, gt_mask: Tensor, batch_size: int) -> None:
         anomaly_map, gt_mask = (x.squeeze(1) if x.ndim == 4 else x for x in (anomaly_map, gt_mask))
-        height, width = self.map_size or anomaly_map.shape[-2:]
-        check_shape(anomaly_map, (batch_size, height, width), "anomaly_map")
-        check_shape(gt_mask, (batch_size, height, width), "gt_mask")
+        check_shape(anomaly_map, (batch_size, *anomaly_map.shape[-2:]), "anomaly_map")
+        check_shape(gt_mask, tuple(anomaly_map.shape), "gt_mask")
         check_finite(anomaly_map, "anomaly_map")
+        other_size = self.map_size not in (None, tuple(anomaly_map.shape[1:]))
         self.anomaly_map.append(_cpu_copy(anomaly_map, torch.float32))
         self.gt_mask.append(_cpu_copy(gt_mask, torch.bool))
+        if self.lengths or other_size or self._exact_pixels > EXACT_PIXELS:
+            self._compress()
+
+    @property
+    def _exact_pixels(self) -> int:
+        return sum(batch.numel() for batch in self.anomaly_map)
+
+    def _compress(self) -> None:
+        """Keep the maps so far in compact form."""
+        for maps, masks in zip(_entries(self.anomaly_map), _entries(self.gt_mask), strict=True):
+            for image in map(compress, maps, masks):
+                for state, values in image._asdict().items():
+                    getattr(self, state).append(values)
+                self.lengths.append(torch.tensor([[len(image.positives), len(image.bins)]]))
+        self.anomaly_map, self.gt_mask = [], []
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the states of all ranks, in compact form if they do not go together; arguments as of torchmetrics."""
+        compact, sizes, pixels = zip(
+            *of_all_processes((bool(self.lengths), self.map_size, self._exact_pixels)), strict=True
+        )
+        if any(compact) or len({*sizes} - {None}) > 1 or sum(pixels) > EXACT_PIXELS:
+            self._compress()
+        super().sync(*args, **kwargs)
+
+    def _compact_maps(self) -> list[CompactMap]:
+        """Return the compact maps of all images, in their order."""
+        positives, bins = torch.cat(_entries(self.lengths)).T.tolist()
+        lengths = CompactMap(positives=positives, regions=positives, bins=bins, counts=bins)
+        parts = [
+            torch.cat(_entries(getattr(self, name)) or [torch.empty(0)]).split(length)
+            for name, length in lengths._asdict().items()
+        ]
+        return [CompactMap(*values) for values in zip(*parts, strict=True)]
 
     def _counted(self) -> list[Tensor]:
         """Return for every batch which images count, ``(B,)`` bool: those that no lower rank has too."""
@@ -166,7 +219,7 @@ class CategoryMetrics(Metric):
         counted = is_nameless | (rank == first_rank[image])
         return list(counted.split([len(batch) for batch in batches]))
 
-    def _compute_row(self, index: int, counted: list[Tensor], *, has_pixels: bool) -> dict[str, float]:
+    def _compute_row(self, index: int, counted: list[Tensor]) -> dict[str, float]:
         categories = _entries(self.category_id)
         chosen = [(ids == index) & counts for ids, counts in zip(categories, counted, strict=True)]
         row = dict.fromkeys(METRICS, math.nan)
@@ -175,7 +228,9 @@ class CategoryMetrics(Metric):
             return {**row, "n_images": 0, "n_anomalous": 0}
         label = _select(self.gt_label, chosen)
         row |= image_metrics(_select(self.pred_score, chosen), label)
-        if has_pixels:
+        if _entries(self.lengths):
+            row |= compact_metrics(list(itertools.compress(self._compact_maps(), torch.cat(chosen).tolist())))
+        elif _entries(self.anomaly_map):
             row |= pixel_metrics(_select(self.anomaly_map, chosen), _select(self.gt_mask, chosen))
         return {**row, "n_images": n_images, "n_anomalous": int(label.sum())}
 
@@ -183,7 +238,7 @@ class CategoryMetrics(Metric):
 def check_shape(tensor: Tensor, expected: tuple[int, ...], name: str) -> None:
     """Raise a ValueError that names `name` unless the tensor has the expected shape."""
     if tuple(tensor.shape) != expected:
-        msg = f"{name} must have shape {expected}, got {tuple(tensor.shape)}; all images and maps must share one size"
+        msg = f"{name} must have shape {expected}, got {tuple(tensor.shape)}"
         raise ValueError(msg)
 
 
@@ -203,17 +258,10 @@ def _image_keys(names: Sequence[str]) -> Tensor:
 
 
 def _gather_to_cpu(state: Tensor, group: "torch.distributed.ProcessGroup | None" = None) -> list[Tensor]:
-    """Gather one state of all ranks; NCCL cannot gather CPU tensors, so it goes through the rank's GPU.
-
-    Raises:
-        ValueError: If ranks have maps of different sizes.
-    """
+    """Gather one state of all ranks; NCCL cannot gather CPU tensors, so it goes through the rank's GPU."""
     kinds: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(kinds, (state.shape[1:], state.dtype) if state.numel() else None, group=group)
     seen = {kind for kind in kinds if kind is not None}
-    if len(seen) > 1:
-        msg = f"all images and maps must share one size, got {sorted(tuple(shape) for shape, _ in seen)} on the ranks"
-        raise ValueError(msg)
     if seen and not state.numel():
         # Of a rank that saw no image; gathering takes tensors of equally many dimensions.
         shape, dtype = seen.pop()

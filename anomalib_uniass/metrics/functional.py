@@ -6,6 +6,8 @@ distinct scores. All values lie in [0, 1]; a value that the data leave undefined
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import cv2
@@ -68,18 +70,47 @@ def binary_curve(scores: Tensor, target: Tensor) -> BinaryCurve:
 
     scores, target = scores.flatten(), target.flatten()
     positives = target.nonzero().squeeze(1)
-    positive_scores, order = scores[positives].sort(descending=True)
-    thresholds, counts = torch.unique_consecutive(positive_scores, return_counts=True)
     negative_scores = scores[~target]
     # NumPy sorts in place and without indices: much faster than torch.sort, and none of its 12 bytes per pixel.
     negative_scores.numpy().sort()
-    num_negatives = len(negative_scores)
+
+    def negatives(thresholds: Tensor, *, right: bool = False) -> Tensor:
+        return (len(negative_scores) - torch.searchsorted(negative_scores, thresholds, right=right)).double()
+
+    return ranked_curve(
+        scores[positives],
+        negatives,
+        partial(negatives, right=True),
+        num_negatives=len(negative_scores),
+        places=positives,
+    )
+
+
+def ranked_curve(
+    positive_scores: Tensor,
+    at_least: Callable[[Tensor], Tensor],
+    above: Callable[[Tensor], Tensor] | None = None,
+    *,
+    num_negatives: int,
+    places: Tensor | None = None,
+) -> BinaryCurve:
+    """Make the curve of some anomalous elements and of counts of the normal ones.
+
+    Args:
+        positive_scores: Scores ``(P,)`` of the anomalous elements.
+        at_least: Returns how many normal elements are at least as high as each threshold: ``(K,) -> (K,)``, float64.
+        above: Likewise, how many are higher; None where no normal element has the score of an anomalous one.
+        num_negatives: Number of normal elements.
+        places: Flat indices ``(P,)`` of the anomalous elements, None to number them through.
+    """
+    ranked, order = positive_scores.sort(descending=True)
+    thresholds, counts = torch.unique_consecutive(ranked, return_counts=True)
     return BinaryCurve(
         thresholds=thresholds,
         true_positives=counts.cumsum(0).double(),
-        false_positives=(num_negatives - torch.searchsorted(negative_scores, thresholds)).double(),
-        false_positives_above=(num_negatives - torch.searchsorted(negative_scores, thresholds, right=True)).double(),
-        ranked_positives=positives[order],
+        false_positives=at_least(thresholds),
+        false_positives_above=(above or at_least)(thresholds),
+        ranked_positives=order if places is None else places[order],
         num_negatives=num_negatives,
     )
 
@@ -159,7 +190,7 @@ def label_regions(gt_mask: Tensor) -> Tensor:
     return regions
 
 
-def aupro(curve: BinaryCurve, gt_mask: Tensor, fpr_limit: float = 0.3) -> float:
+def aupro(curve: BinaryCurve, regions: Tensor, fpr_limit: float = 0.3) -> float:
     """Area under the per-region overlap curve up to a false positive rate, divided by that rate.
 
     The overlap at a threshold is the mean over regions of the share of the region that is found (Bergmann et al.,
@@ -167,15 +198,14 @@ def aupro(curve: BinaryCurve, gt_mask: Tensor, fpr_limit: float = 0.3) -> float:
 
     Args:
         curve: Ranking of the category's pixels.
-        gt_mask: (N, H, W) bool masks that the curve was made from.
+        regions: Region of every element that the curve was made from, from 0; those of normal ones do not matter.
         fpr_limit: Upper bound of the false positive rate, in (0, 1].
     """
     if curve.num_positives == 0 or curve.num_negatives == 0:
         return math.nan
-    region = label_regions(gt_mask).flatten()[curve.ranked_positives]
+    region = regions.flatten()[curve.ranked_positives]
     size = torch.bincount(region).double()
-    num_regions = len(size) - 1
-    found = (1 / size)[region].cumsum(0) / num_regions
+    found = (1 / size)[region].cumsum(0) / len(size)
     overlap = found[curve.true_positives.long() - 1]
     before = torch.cat([overlap.new_zeros(1), overlap[:-1]])
 
@@ -210,8 +240,19 @@ def pixel_metrics(anomaly_map: Tensor, gt_mask: Tensor) -> dict[str, float]:
         msg = f"anomaly_map must have shape (N, H, W), got {tuple(anomaly_map.shape)}"
         raise ValueError(msg)
     curve = binary_curve(anomaly_map, gt_mask)
-    dsc = dice_score(anomaly_map, gt_mask, dice_threshold(curve)) if curve.num_positives else math.nan
-    values = (average_precision(curve), dsc, f1_max(curve), aupro(curve, gt_mask), auroc(curve))
+    return metrics_of(curve, label_regions(gt_mask) - 1, partial(dice_score, anomaly_map, gt_mask))
+
+
+def metrics_of(curve: BinaryCurve, regions: Tensor, dice: Callable[[float], float]) -> dict[str, float]:
+    """Return all pixel metrics of a ranking, see :func:`pixel_metrics`.
+
+    Args:
+        curve: Ranking of the category's pixels.
+        regions: As of :func:`aupro`.
+        dice: Returns the mean Dice coefficient of the images at a threshold.
+    """
+    dsc = dice(dice_threshold(curve)) if curve.num_positives else math.nan
+    values = (average_precision(curve), dsc, f1_max(curve), aupro(curve, regions), auroc(curve))
     return dict(zip(PIXEL_METRICS, values, strict=True))
 
 
