@@ -3,10 +3,11 @@
 
 Every model is trained once on all nine categories (``configs/inspection.yaml`` beside this file) and scored by the
 metrics of this package. Sections: ``models``, the comparison over seeds, with learning curves, of UniAS as configured
-(``best``) and of the paper on standardised features (``paper``), UniAD and the bank; ``maps``, other fusions, blurs and
-image scores on the trained UniAS; ``ablations``, UniAS retrained with something changed, on fewer epochs; ``levels``,
-what of each level's error comes from the token grid, and how much of a category's variety is reconstructed;
-``presets``, the speed of the trained model beside the paper's of full size (random weights), both in OpenVINO.
+(``best``) and of the paper on standardised features (``paper``), UniAD and the bank; ``maps``, trained UniAS without
+one or all of the recipe's parts, and other image scores; ``demo``, the trainings of the demo; ``ablations``, UniAS
+retrained with something changed, on fewer epochs; ``levels``, what of each level's error comes from the token grid, and
+how much of a category's variety is reconstructed; ``presets``, the speed of the trained model beside the paper's of
+full size (random weights), both in OpenVINO. The summary also holds the results of ``elpv.py`` beside these.
 No checkpoint is selected; the curves only show whether training had converged (without statistics of errors and
 segmentation head, which come when it ends: the last point of a curve jumps). Choices are made on the development part
 (``inspection_means.py``); the recipe's target and statistics were made after figures of all nine were seen.
@@ -19,6 +20,8 @@ python benchmarks/accuracy.py DATA [--sections models maps ablations] [--seeds 0
 
 import argparse
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -43,14 +46,15 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass import BoundedPatchcore, UniAD, UniAS, Unified
-from anomalib_uniass.layers.gaussian_blur import GaussianBlur2d
 from anomalib_uniass.layers.standardization import FeatureStandardization
 from anomalib_uniass.metrics import CategoryMetrics, CategoryMetricsCallback
-from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, image_score
-from anomalib_uniass.models.unias.torch_model import Reconstruction
+from anomalib_uniass.models.unias.anomaly_map import image_score
+from anomalib_uniass.models.unias.torch_model import Reconstruction, UniASModel
 
 CONFIG = Path(__file__).parent / "configs" / "inspection.yaml"
-SECTIONS = ("models", "maps", "ablations", "levels", "presets")
+DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
+DEMO_WRITER = Path(__file__).parent / "sample_data" / "write.py"
+SECTIONS = ("models", "maps", "demo", "ablations", "levels", "presets")
 UNIAD_EPOCHS = 24  # longer than UniAS: it learns more slowly and an epoch takes less
 CURVE_SHARES = (0.125, 0.25, 0.5, 0.75)  # of the epochs; the last point of a curve is the test itself
 
@@ -64,20 +68,20 @@ class Run:
         model: Class of the model.
         arguments: Its constructor's arguments.
         epochs: Length of the training; None leaves it to the model.
-        change: What is done to the model before it is trained.
+        change: What is done to the network before it is trained.
     """
 
     name: str
     model: type[AnomalibModule]
     arguments: dict[str, Any] = field(default_factory=dict)
     epochs: int | None = None
-    change: Callable[[Any], None] | None = None
+    change: Callable[[UniASModel], None] | None = None
 
     def build(self) -> AnomalibModule:
         """Return the model, not trained."""
         model = self.model(**self.arguments, evaluator=False)
         if self.change is not None:
-            self.change(model)
+            self.change(model.model)
         return model
 
 
@@ -152,16 +156,18 @@ class Study:
         work: Folder of checkpoints.
         report: Results so far.
         deadline: Time of the monotonic clock when a training has to stop, to be resumed by the next call.
+        config: Configuration of the data.
     """
 
     root: Path
     work: Path
     report: Report
     deadline: float
+    config: Path = CONFIG
 
     def datamodule(self) -> Unified:
         """Return the data as the configuration has it."""
-        arguments = yaml.safe_load(CONFIG.read_text())["data"]["init_args"]
+        arguments = yaml.safe_load(self.config.read_text())["data"]["init_args"]
         return Unified(**(arguments | {"root": self.root}))
 
     def checkpoint(self, name: str) -> Path | None:
@@ -200,7 +206,6 @@ class Study:
         length = {} if run.epochs is None else {"max_epochs": run.epochs, "check_val_every_n_epoch": 1}
         stop = StopAtDeadline(self.deadline)
         engine = Engine(default_root_dir=self.work / run.name, callbacks=[*callbacks, stop], **length)
-        start = time.monotonic()
         saved = {} if checkpoint is None else torch.load(checkpoint, map_location="cpu", weights_only=False)
         if run.epochs is not None and saved.get("epoch", 0) + 1 >= run.epochs:  # it was trained, but not tested
             model.load_state_dict(saved["state_dict"])
@@ -218,7 +223,6 @@ class Study:
             "model": run.model.__name__,
             "arguments": run.arguments,
             "epochs": run.epochs,
-            "fit_seconds_of_the_last_piece": round(time.monotonic() - start),
             "parameters": sum(p.numel() for p in model.parameters()),
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "steps": steps,
@@ -231,7 +235,7 @@ class Study:
             return
         print("  maps ...", flush=True)
         model, datamodule = self.trained(run)
-        variants = {"as configured": model.model.detect} | map_variants(model.model.anomaly_map)
+        variants = {"as configured": model.model.detect} | map_variants(model.model)
         tables = score(model, datamodule, [Shared(variant) for variant in variants.values()])
         for variant, table in zip(variants, tables, strict=True):
             self.report.add("maps", variant, table, {"run": run.name})
@@ -351,51 +355,60 @@ class Shared:
         return self.variant(Shared.reconstruction)
 
 
-def map_variants(generator: AnomalyMapGenerator) -> dict[str, Callable[[Reconstruction], Prediction]]:
-    """Return ways to make map and score of a reconstruction's distances."""
-    identities = torch.nn.ModuleList(torch.nn.Identity() for _ in generator.blurs)
-    unblurred, paper = deepcopy(generator), deepcopy(generator)
-    unblurred.blurs, paper.whitening = identities, None
-    smooth = GaussianBlur2d(sigma=4.0, kernel_size=33)
+def map_variants(network: UniASModel) -> dict[str, Callable[[Reconstruction], Prediction]]:
+    """Return ways to make map and score of a reconstruction, each with one thing changed."""
 
-    def variant(
-        fuse: Callable[[list[Tensor]], Tensor] | None = None,
-        *,
-        levels: AnomalyMapGenerator = generator,
-        blur: bool = False,
-        reduction: Any = "std",
-    ) -> Callable[[Reconstruction], Prediction]:
+    def changed(change: Callable[[UniASModel], None]) -> Callable[[Reconstruction], Prediction]:
+        other = deepcopy(network)
+        change(other)
+        return other.detect
+
+    def scored(reduction: Any) -> Callable[[Reconstruction], Prediction]:
         def predict(reconstruction: Reconstruction) -> Prediction:
-            reconstructions, targets, _ = reconstruction
-            maps = levels.level_maps(reconstructions, targets)
-            if fuse is None:
-                anomaly_map = levels.fuse(maps, targets)
-            else:
-                anomaly_map = F.interpolate(fuse(maps), scale_factor=2.0, mode="bilinear", align_corners=True)
-            anomaly_map = smooth(anomaly_map) if blur else anomaly_map
+            anomaly_map = network.detect(reconstruction).anomaly_map
             return Prediction(anomaly_map, image_score(anomaly_map, reduction=reduction))
 
         return predict
 
-    return {
-        "distances alone": variant(),
-        "product of the paper": variant(levels=paper),
-        "product of the paper of levels 4 and 3": variant(lambda maps: maps[0] * maps[1], levels=paper),
-        "all levels": variant(lambda maps: torch.stack(maps).prod(0)),
-        "levels 4 and 3": variant(lambda maps: maps[0] * maps[1]),
-        "mean of all levels": variant(lambda maps: torch.stack(maps).mean(0)),
-        "no level blur": variant(levels=unblurred),
-        "Gaussian of 4 px behind": variant(blur=True),
-        "score max": variant(reduction="max"),
-        "score top 1 %": variant(reduction="top"),
-    } | {f"level {4 - level} alone": variant(lambda maps, level=level: maps[level]) for level in range(len(identities))}
+    def level(number: int) -> Callable[[Reconstruction], Prediction]:
+        def predict(reconstruction: Reconstruction) -> Prediction:
+            maps = network.anomaly_map.level_maps(reconstruction.reconstructions, reconstruction.targets)
+            level_map = F.interpolate(maps[number], scale_factor=2.0, mode="bilinear", align_corners=True)
+            return Prediction(level_map, image_score(level_map, reduction="top"))
+
+        return predict
+
+    parts = {
+        "no segmentation head": leave_out_head,
+        "maps not evened out": leave_out_evenness,
+        "no directions of errors": leave_out_directions,
+        "no statistics of errors": leave_out_statistics,
+        "all levels everywhere": keep_all_levels,
+        "no blur of levels": leave_out_blur,
+        "map of the paper": leave_out_everything,
+    }
+    return (
+        {name: changed(part) for name, part in parts.items()}
+        | {f"score {name} of the whole map": scored(name) for name in ("std", "max", "top")}
+        | {f"level {4 - number} alone": level(number) for number in range(len(network.heads))}
+    )
+
+
+def configured(config: Path, epochs: int | None) -> tuple[dict[str, Any], int]:
+    """Return the arguments of UniAS and the number of epochs."""
+    content = yaml.safe_load(config.read_text())
+    return content["model"]["init_args"] | {"visualizer": False}, epochs or content["trainer"]["max_epochs"]
+
+
+def demo_runs(seeds: Iterable[int], epochs: int | None) -> list[Run]:
+    """Return trainings as in the demo."""
+    unias, length = configured(DEMO, epochs)
+    return [Run(name=f"demo_{seed}", model=UniAS, arguments=unias | {"seed": seed}, epochs=length) for seed in seeds]
 
 
 def model_runs(seeds: Iterable[int], epochs: int | None) -> list[Run]:
     """Return the compared trainings."""
-    config = yaml.safe_load(CONFIG.read_text())
-    unias = config["model"]["init_args"] | {"visualizer": False}
-    epochs_of_unias = epochs or config["trainer"]["max_epochs"]
+    unias, epochs_of_unias = configured(CONFIG, epochs)
     backbone = {name: unias[name] for name in ("backbone", "weights", "visualizer")}
     uniad = backbone | {"learning_rate": 5e-4, "lr_schedule": "onecycle"}
     runs = []
@@ -416,15 +429,14 @@ def paper_run(name: str, arguments: dict[str, Any], epochs: int) -> Run:
     return Run(name=name, model=UniAS, arguments=paper, epochs=epochs, change=standardize_features)
 
 
-def standardize_features(model: UniAS) -> None:
+def standardize_features(network: UniASModel) -> None:
     """Standardise the backbone's features, of which the paper says nothing."""
-    model.model.standardization = FeatureStandardization(model.model.backbone.channels)
+    network.standardization = FeatureStandardization(network.backbone.channels)
 
 
 def ablation_runs(epochs: int) -> list[Run]:
     """Return trainings that differ in one thing from the first, the configured one."""
-    config = yaml.safe_load(CONFIG.read_text())["model"]["init_args"]
-    base = config | {"visualizer": False, "seed": 0}
+    base = configured(CONFIG, epochs)[0] | {"seed": 0}
     changes: dict[str, dict[str, Any]] = {
         "base": {},
         "no channel branch": {"channel_branch": False},
@@ -447,24 +459,51 @@ def ablation_runs(epochs: int) -> list[Run]:
     return [replace(run, name=f"ablation_{run.name.replace(' ', '_')}") for run in runs]
 
 
-def leave_out_head(model: UniAS) -> None:
+def leave_out_head(network: UniASModel) -> None:
     """Make the map of the distances alone."""
-    model.model.segmentation_head = None
+    network.segmentation_head = None
 
 
-def leave_out_statistics(model: UniAS) -> None:
+def leave_out_statistics(network: UniASModel) -> None:
     """Let all errors weigh alike."""
-    model.model.anomaly_map.whitening = None
+    network.anomaly_map.whitening = None
 
 
-def reconstruct_low_frequencies(model: UniAS) -> None:
+def leave_out_evenness(network: UniASModel) -> None:
+    """Take the maps as they are."""
+    network.even_maps = False
+
+
+def leave_out_directions(network: UniASModel) -> None:
+    """Let errors of known directions count as much as others."""
+    network.anomaly_map.whitening.directions.fitted.fill_(False)
+
+
+def keep_all_levels(network: UniASModel) -> None:
+    """Compare fine levels of every cluster, whatever the reconstruction explains there."""
+    network.anomaly_map.whitening.exponents.fill_(1)
+
+
+def leave_out_blur(network: UniASModel) -> None:
+    """Fuse the levels as they are."""
+    network.anomaly_map.blurs = torch.nn.ModuleList(torch.nn.Identity() for _ in network.anomaly_map.blurs)
+
+
+def leave_out_everything(network: UniASModel) -> None:
+    """Make the map and the score of the paper."""
+    for part in (leave_out_head, leave_out_statistics, leave_out_evenness):
+        part(network)
+    network.coarse_score = False
+
+
+def reconstruct_low_frequencies(network: UniASModel) -> None:
     """Reconstruct the paper's target."""
-    model.model.low_frequencies = True
+    network.low_frequencies = True
 
 
-def leave_out_standardization(model: UniAS) -> None:
+def leave_out_standardization(network: UniASModel) -> None:
     """Feed the network the backbone's features as they are."""
-    model.model.standardization = None
+    network.standardization = None
 
 
 class NoSplit(torch.nn.Module):
@@ -475,14 +514,14 @@ class NoSplit(torch.nn.Module):
         return list(features), [torch.cat([feature, torch.zeros_like(feature)], dim=1) for feature in features]
 
 
-def leave_out_split(model: UniAS) -> None:
+def leave_out_split(network: UniASModel) -> None:
     """Feed the network features that are not split."""
-    model.model.frequency_split = NoSplit()
+    network.frequency_split = NoSplit()
 
 
-def leave_out_mgg_cnn(model: UniAS) -> None:
+def leave_out_mgg_cnn(network: UniASModel) -> None:
     """Leave out the MGG-CNN behind each decoder block."""
-    for block in model.model.decoder.blocks:
+    for block in network.decoder.blocks:
         block.mgg_cnn = torch.nn.Identity()
 
 
@@ -514,6 +553,11 @@ def main() -> None:
             study.train("models", run)
     if "maps" in args.sections:
         study.compare_maps(runs[0])
+    if "demo" in args.sections:
+        sample = args.work / "demo_data"
+        subprocess.run([sys.executable, DEMO_WRITER, sample], check=True)
+        for run in demo_runs(args.seeds, args.epochs):
+            replace(study, root=sample, config=DEMO).train("demo", run)
     if "ablations" in args.sections:
         for run in ablations:
             study.train("ablations", run)

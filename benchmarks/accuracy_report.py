@@ -15,6 +15,7 @@ GROUPS = ("real", "synthetic", "all")
 SECTIONS = {
     "models": "Models, one training for all nine categories each",
     "maps": "Maps and image scores of the first UniAS, nothing retrained",
+    "demo": "The demo (configs/demo.yaml), one training for all five categories each",
     "ablations": "UniAS retrained with something changed, shorter trainings: compare within this table alone",
 }
 
@@ -69,12 +70,22 @@ class Report:
         self.write()
 
     def summary(self) -> dict[str, float]:
-        """Return the means over seeds, and the speed of the fast preset with its accuracy: it is `best` here."""
+        """Return the means over seeds.
+
+        With them the speed of the fast preset and its accuracy, for it is `best` here; the demo's accuracy; and the
+        results of ``elpv.py`` that lie beside these.
+        """
         result = summary(self.rows("models"))
         if "presets" in self.results:
             result["fast_speedup"] = self.results["presets"][-1]["speedup"]
         if "best_all" in result:
             result["fast_all_pixel_AP"] = result["best_all"]
+        if demo := self.rows("demo"):
+            result["demo_pixel_AP"] = round(fmean(row["means"]["all"]["pixel_AP"] for row in demo.values()), 2)
+        if (cells := self.path.with_name("elpv.json")).exists():
+            scores = json.loads(cells.read_text())["summary"]
+            for key, name in {"pooled": "all", "within_modules": "within"}.items():
+                result[f"elpv_{name}_image_AUROC"] = scores[f"best_own_{key}"]
         return result
 
     def write(self) -> None:
@@ -197,9 +208,9 @@ def draw(models: dict[str, Row], path: Path) -> None:
 
 def _flat(name: str, row: Row) -> Row:
     means = row["means"]
-    flat = {"run": name} | {f"pixel AP {group}": means[group]["pixel_AP"] for group in GROUPS}
+    flat = {"run": name} | {f"pixel AP {group}": means[group]["pixel_AP"] for group in GROUPS if group in means}
     flat |= {metric.replace("_", " "): means["all"][metric] for metric in ("DSC", "pixel_AUROC", "image_AUROC")}
-    for key in ("epochs", "fit_seconds_of_the_last_piece", "parameters"):
+    for key in ("epochs", "parameters"):
         if key in row:
             flat[key.replace("_", " ")] = row[key]
     return flat

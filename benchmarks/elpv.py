@@ -272,9 +272,9 @@ class Report(StudyReport):
             "# Real defects at image level: solar cells",
             "Image AUROC in percent per busbar layout (wafer and number of busbars), and the mean over layouts. "
             "Trained on cells with p = 0, tested on p = 0 against p = 1; whole modules on one side; every cell scaled "
-            "to one median brightness. `own` is the model's own image score: `best` has the mean of the top 1 % of its "
-            "coarse levels, the paper and `unias`, an earlier configuration, have `std`; the others are the "
-            "standard deviation, the maximum, and the mean of the top 1 % of its raw map; `levels 4 and 3` is the "
+            "to one median brightness. `own` is the model's own image score: `best` has the highest pixels of its "
+            "coarse levels, the paper and `unias`, an earlier configuration, have `std`; the others are the standard "
+            "deviation, the maximum, and the mean of the highest 0.3 % of its raw map; `levels 4 and 3` is the "
             "standard deviation of the product of these levels of UniAS.",
             table(counts, tuple(counts[0])),
         ]
@@ -284,7 +284,7 @@ class Report(StudyReport):
             for run, result in self.rows("models").items():
                 rows += [_row(f"{run}, {score}", rows_, key) for score, rows_ in result["scores"].items()]
             text += [f"## {title}", table(rows, tuple(rows[0]))]
-        facts = ("run", "epochs", "fit_seconds_of_the_last_piece", "parameters", "images", "steps")
+        facts = ("run", "epochs", "parameters", "images", "steps")
         runs = [{"run": name, **row} for name, row in self.rows("models").items()]
         text += ["## Runs", table(runs, facts)]
         text += ["\n".join(f"- {host}" for host in sorted({describe(row["machine"]) for row in runs}))]

@@ -18,7 +18,7 @@ METRICS = ("pixel_AP", "DSC", "pixel_F1Max", "AUPRO", "pixel_AUROC", "image_AURO
 
 
 def group_means(categories: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Return the mean of every metric over the categories of each group, in percent."""
+    """Return the mean of every metric over the categories of each group that has any, in percent."""
     groups = {
         "real": [name for name in categories if name in REAL],
         "synthetic": [name for name in categories if name not in REAL],
@@ -29,6 +29,7 @@ def group_means(categories: dict[str, dict[str, float]]) -> dict[str, dict[str, 
     return {
         group: {metric: round(100 * fmean(categories[name][metric] for name in names), 2) for metric in METRICS}
         for group, names in groups.items()
+        if names
     }
 
 

@@ -111,8 +111,8 @@ ALLOWED = {
     "models.uniad.torch_model": PLAIN,
     "acceleration": ("acceleration", "layers", "models.unias"),
     "thresholds": ("thresholds", "arguments", "distribution"),
-    "deploy": ("deploy", "thresholds", "files"),
-    "metrics": ("metrics", "files"),
+    "deploy": ("deploy", "layers", "thresholds", "files"),
+    "metrics": ("metrics", "files", "distribution"),
     "data": ("data", "metrics", "files", "arguments"),
     "prediction": ("prediction", "data", "thresholds", "distribution", "files"),
 }

@@ -65,6 +65,7 @@ class UnifiedDataset(AnomalibDataset):
             the resize. A category that is not listed gets none.
         image_cache: Keeps resized normal images as long as ``augmentations`` is the cache's resize; the category's
             transform then comes after the resize, with which it must commute. Other samples come without a cache.
+        crop: Transform of (image, mask) before all others, such as a tile at random.
     """
 
     def __init__(self, reader: AnomalibDataset) -> None:
@@ -72,6 +73,7 @@ class UnifiedDataset(AnomalibDataset):
         self.reader = reader
         self.category_augmentations: dict[str, Transform] = {}
         self.image_cache: ImageCache | None = None
+        self.crop: Transform | None = None
 
     @classmethod
     def join(cls, parts: Mapping[str, AnomalibDataset]) -> UnifiedDataset:
@@ -128,7 +130,7 @@ class UnifiedDataset(AnomalibDataset):
         augmentation = self.category_augmentations.get(sample.category)
         cache = self.image_cache
         if cache is None or cache.resize is not self.augmentations or sample.label_index != LabelName.NORMAL:
-            return self._read(index, augmentation, self.augmentations)
+            return self._read(index, self.crop, augmentation, self.augmentations)
         image = cache.get(index, lambda: cast("Tensor", self._read(index, cache.resize).image))
         if augmentation is not None:
             image = augmentation(image)

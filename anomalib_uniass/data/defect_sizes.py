@@ -3,7 +3,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import cv2
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from anomalib.data.utils import LabelName
+from PIL import Image
 
 from anomalib_uniass.data.images import read_mask
 
@@ -31,7 +32,7 @@ class DefectSizes(NamedTuple):
 
     Attributes:
         sides: Side of the square of a defect's area, in pixels of its image, one a defect.
-        scales: Geometric mean of the two factors by which its image is resized.
+        scales: Geometric mean of the two factors by which its image, or a tile of it, is resized.
         native: Largest height and width of the images.
     """
 
@@ -55,13 +56,26 @@ class DefectSizes(NamedTuple):
         height, width = (32 * math.ceil(length * factor / 32) for length in image_size)
         return (height, width) if height <= self.native[0] and width <= self.native[1] else None
 
+    def advised_tile(self, image_size: tuple[int, int]) -> int | None:
+        """Return the side of tiles, in steps of 16, that keeps nine tenths of the defects above a token.
 
-def defect_sizes(samples: pd.DataFrame, image_size: tuple[int, int]) -> dict[str, DefectSizes]:
+        Returns:
+            None if the images are hardly larger than that, or the defects so small that tiles would be blown up.
+        """
+        kept = float(np.quantile(self.sides, SMALL)) / TOKEN  # pixels of the image that may become one
+        side = TOKEN * math.floor(min(image_size) * kept / TOKEN)
+        return side if min(image_size) / 2 <= side <= min(self.native) / 2 else None
+
+
+def defect_sizes(
+    samples: pd.DataFrame, image_size: tuple[int, int], *, tile_size: tuple[int, int] | None = None
+) -> dict[str, DefectSizes]:
     """Measure the defects in the masks of a test set, up to `MOST_MASKS` a category, evenly over its images.
 
     Args:
         samples: Frame with the columns ``label_index``, ``mask_path`` and, if there are several, ``category``.
         image_size: Height and width that images are resized to.
+        tile_size: Height and width of what is resized to it; None for all of an image.
 
     Returns:
         Sizes by category, of those that have masks with defects.
@@ -71,7 +85,7 @@ def defect_sizes(samples: pd.DataFrame, image_size: tuple[int, int]) -> dict[str
     return {
         str(category): sizes
         for category, rows in defective.groupby(categories.astype(str))
-        if (sizes := _measure(list(_masks(rows["mask_path"])), image_size)) is not None
+        if (sizes := _measure(list(_masks(rows["mask_path"])), image_size, tile_size)) is not None
     }
 
 
@@ -84,7 +98,7 @@ def _masks(paths: Iterable[object]) -> Iterator[str]:
             yield from map(str, path)
 
 
-def _measure(masks: list[str], image_size: tuple[int, int]) -> DefectSizes | None:
+def _measure(masks: list[str], image_size: tuple[int, int], tile_size: tuple[int, int] | None) -> DefectSizes | None:
     sides, scales, shapes = [], [], []
     step = max(1, math.ceil(len(masks) / MOST_MASKS))
     for path in masks[::step]:
@@ -95,7 +109,8 @@ def _measure(masks: list[str], image_size: tuple[int, int]) -> DefectSizes | Non
         _, _, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
         found = np.sqrt(stats[1:, cv2.CC_STAT_AREA].astype(np.float64))  # the first region is what is good
         sides.append(found)
-        scales.append(np.full(len(found), math.sqrt(image_size[0] / mask.shape[0] * image_size[1] / mask.shape[1])))
+        height, width = tile_size or mask.shape
+        scales.append(np.full(len(found), math.sqrt(image_size[0] / height * image_size[1] / width)))
         shapes.append(mask.shape)
     if not sum(map(len, sides)):
         return None
@@ -103,18 +118,53 @@ def _measure(masks: list[str], image_size: tuple[int, int]) -> DefectSizes | Non
     return DefectSizes(np.concatenate(sides), np.concatenate(scales), native)
 
 
-def say_what_gets_lost(samples: pd.DataFrame, image_size: tuple[int, int]) -> None:
-    """Log a line per category whose defects get smaller than a token, and a warning if some get lost altogether."""
+def say_what_gets_lost(
+    samples: pd.DataFrame, image_size: tuple[int, int], *, tile_size: tuple[int, int] | None = None
+) -> None:
+    """Log a line per category whose defects get smaller than a token, and a warning if some get lost altogether.
+
+    Args:
+        samples: As of :func:`defect_sizes`.
+        image_size: Height and width that images or tiles are resized to.
+        tile_size: Height and width of the tiles; None for whole images.
+    """
     height, width = image_size
-    for category, sizes in defect_sizes(samples, image_size).items():
+    for category, sizes in defect_sizes(samples, image_size, tile_size=tile_size).items():
         small, lost = sizes.smaller_than(TOKEN), sizes.smaller_than(1)
         if not small:
             continue
-        advised = sizes.advised_size(image_size)
-        advice = f" image_size [{advised[0]}, {advised[1]}] would keep nine of ten above a token." if advised else ""
+        advice = []
+        if tile_size is None and (advised := sizes.advised_size(image_size)):
+            advice.append(f"image_size [{advised[0]}, {advised[1]}]")
+        if tile := sizes.advised_tile(image_size):
+            advice.append(f"tile_size {tile}")
         logger.log(
             logging.WARNING if lost else logging.INFO,
             "%s: at %d x %d pixels %.0f %% of %d defects in the masks become smaller than a token (%d x %d pixels), "
             "%.0f %% smaller than a pixel.%s",
-            category, height, width, 100 * small, len(sizes.sides), TOKEN, TOKEN, 100 * lost, advice,
+            category, height, width, 100 * small, len(sizes.sides), TOKEN, TOKEN, 100 * lost,
+            f" {' or '.join(advice)} would keep nine of ten above a token." if advice else "",
         )  # fmt: skip
+
+
+def check_sizes(frames: Iterable[pd.DataFrame], check: Callable[[tuple[int, int]], object]) -> None:
+    """Check the size of every image, by what its file says first.
+
+    Args:
+        frames: Frames with the column ``image_path``.
+        check: Raises a ValueError for a height and width that do not do.
+
+    Raises:
+        ValueError: If an image does not do; the message names it.
+    """
+    for path in (path for frame in frames for path in frame["image_path"]):
+        try:
+            with Image.open(path) as image:
+                width, height = image.size
+        except OSError:  # not for Pillow; whoever reads it will say so
+            continue
+        try:
+            check((height, width))
+        except ValueError as error:
+            msg = f"{path}: {error}"
+            raise ValueError(msg) from error

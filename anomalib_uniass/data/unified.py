@@ -14,7 +14,7 @@ from anomalib.data.datasets.base import AnomalibDataset
 from anomalib.data.utils import TestSplitMode, ValSplitMode
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import Transform
+from torchvision.transforms.v2 import RandomCrop, Transform
 
 from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_seed, check_text, check_whole
 from anomalib_uniass.data.checks import check_samples, images_without_mask
@@ -371,15 +371,39 @@ class Unified(AnomalibDataModule):
         Raises:
             MemoryError: If there is too little shared memory for the cache.
             ValueError: If ``cache_images`` is set and the training images are not resized to a fixed size, or to one
-                that is no square and ``rotate`` names a category.
+                that is no square and ``rotate`` names a category; or if tiles that are no squares would be rotated.
         """
         data = self.train_data
+        tile = self._tile_size()
+        if tile is not None and tile[0] != tile[1] and not set(self.categories).isdisjoint(self.rotate):
+            msg = f"rotate turns tiles, so they must be squares, got tile_size {tile}. Leave `rotate` out."
+            raise ValueError(msg)
+        data.crop = None if tile is None else RandomCrop(tile)  # in the worker: a batch of photographs is large
         if self.cache_images:
             resize = fixed_resize(data.augmentations, rotated=not set(self.categories).isdisjoint(self.rotate))
             if data.image_cache is None or data.image_cache.resize is not resize:
                 data.image_cache = None  # frees the old one first
                 data.image_cache = ImageCache(len(data), resize)
         return super().train_dataloader()
+
+    def val_dataloader(self) -> DataLoader[object]:
+        """Make the loader of the validation images; those for tiles come one by one, for they may differ in size."""
+        self._one_photograph_at_a_time()
+        return super().val_dataloader()
+
+    def test_dataloader(self) -> DataLoader[object]:
+        """Make the loader of the test images; those for tiles come one by one, for they may differ in size."""
+        self._one_photograph_at_a_time()
+        return super().test_dataloader()
+
+    def _one_photograph_at_a_time(self) -> None:
+        if self._tile_size() is not None:
+            self.eval_batch_size = 1
+
+    def _tile_size(self) -> tuple[int, int] | None:
+        """Return the tiles of the model that is trained or tested, if it has some."""
+        tiling = getattr(getattr(getattr(self.trainer, "lightning_module", None), "model", None), "tiling", None)
+        return None if tiling is None else tiling.tile_size
 
 
 def split_rows(categories: pd.Series, *, ratio: float, seed: int | None) -> list[int]:

@@ -23,7 +23,9 @@ from anomalib.post_processing import PostProcessor
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from anomalib_uniass.deploy.pre_processor import AntialiasedPreProcessor
 from anomalib_uniass.files import replace_text
+from anomalib_uniass.layers.tiling import TiledModel
 from anomalib_uniass.thresholds.post_processor import (
     CategoryThresholdPostProcessor,
     has_thresholds,
@@ -57,7 +59,9 @@ class ExportMixin(Base):
     """anomalib's export, with the resize inside the graph: the exported model takes images in [0, 1] of any size.
 
     A fixed ``input_size`` need not be the size the model works at: it is the size of the images that will come, and
-    they are resized as in training. Batches of any size are taken. Beside the model lie the thresholds of all
+    they are resized as in training. Batches of any size are taken. A model of tiles gives a graph of whole photographs
+    for a fixed ``input_size``, with all their tiles in it, and of a single tile otherwise: whoever runs that cuts and
+    blends (``docs/deploy.md``). Beside the model lie the thresholds of all
     categories (``category_thresholds.json``), if its post-processor has some; without any thresholds the exported model
     gives scores and maps alone, and a warning says so. An earlier export is replaced when the new one is complete.
     Expects ``self.model`` of the class it is mixed into, with the frozen part under ``backbone``.
@@ -100,7 +104,7 @@ class ExportMixin(Base):
         """
         self.check_exportable()
         kwargs.setdefault("opset_version", 18)
-        with complete_export(self.post_processor, export_root) as export:
+        with complete_export(self.post_processor, export_root) as export, self._single_tile(input_size):
             export.path = super().to_onnx(export.root, model_file_name, input_size, **kwargs)
         return export.path
 
@@ -131,7 +135,7 @@ class ExportMixin(Base):
             check_nncf(compression_type)
         if compression_type in CALIBRATED:
             check_calibration(datamodule, compression_type=compression_type, input_size=input_size)
-        with complete_export(self.post_processor, export_root) as export:
+        with complete_export(self.post_processor, export_root) as export, self._single_tile(input_size):
             export.path = super().to_openvino(
                 export.root,
                 model_file_name,
@@ -148,6 +152,22 @@ class ExportMixin(Base):
             if thresholds is not None:
                 _set_openvino_info(export.path, THRESHOLDS, thresholds)
         return export.path
+
+    @contextmanager
+    def _single_tile(self, input_size: tuple[int, int] | None) -> Iterator[None]:
+        """Let a model of tiles take a single one, as any image, unless photographs of one size will come."""
+        network, pre_processor = cast("TiledModel", self.model), cast("AntialiasedPreProcessor", self.pre_processor)
+        tiling = network.tiling
+        if tiling is None or input_size is not None:
+            yield
+            return
+        network.tiling = None
+        pre_processor.resize_to(network.image_size)
+        try:
+            yield
+        finally:
+            network.tiling = tiling
+            pre_processor.resize_to(None)
 
     def _post_training_quantization_ov(  # type: ignore[override]  # static in anomalib
         self, model: "ov.Model", datamodule: AnomalibDataModule

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_seed, check_text, check_whole
-from anomalib_uniass.data.defect_sizes import say_what_gets_lost
+from anomalib_uniass.data.defect_sizes import check_sizes, say_what_gets_lost
 from anomalib_uniass.deploy.export import ExportMixin
 from anomalib_uniass.deploy.pre_processor import AntialiasedPreProcessor
 from anomalib_uniass.distribution import keep_constants_local
@@ -34,6 +34,9 @@ from anomalib_uniass.prediction import PredictionMixin
 logger = logging.getLogger(__name__)
 
 GRADIENT_CLIP = 0.1
+
+TILES_OF_IMAGE = 8
+"""Tiles of a training image that statistics are taken of."""
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """What the trainer may compute in: anomalib's batches hold float32 images, whatever the weights are."""
@@ -66,7 +69,7 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
         image_size: tuple[int, int] | None = None,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
-    ) -> PreProcessor:
+    ) -> AntialiasedPreProcessor:
         """Return resize and normalisation.
 
         Args:
@@ -150,6 +153,7 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
             ValueError: If the trainer's precision is not one of `PRECISIONS`.
         """
         super().setup(stage)
+        self._follow_tiler()
         if (precision := str(self.trainer.precision)) not in PRECISIONS:
             msg = (
                 f"{type(self).__name__} takes the trainer's precision {', '.join(PRECISIONS)}, got {precision}: its "
@@ -160,9 +164,26 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
         self._resumed = {} if stage == "fit" else None  # not what an earlier training went on from
         if self.trainer.world_size > 1:
             keep_constants_local(self, frozen=self.frozen_parts())
-        samples = getattr(getattr(getattr(self.trainer, "datamodule", None), "test_data", None), "samples", None)
-        if stage == "fit" and self.trainer.is_global_zero and samples is not None:
-            say_what_gets_lost(samples, self.model.image_size)
+        datamodule = getattr(self.trainer, "datamodule", None)
+        subsets = [getattr(datamodule, name, None) for name in ("train_data", "val_data", "test_data")]
+        frames = [subset.samples for subset in subsets if subset is not None and hasattr(subset, "samples")]
+        if self.model.tiling is not None:
+            check_sizes(frames, self.model.tiling.check)
+        if stage == "fit" and self.trainer.is_global_zero and frames:
+            say_what_gets_lost(frames[-1], self.model.image_size, tile_size=self.hparams["tile_size"])
+
+    def _follow_tiler(self) -> None:
+        """Leave images as large as they are where anomalib's ``TilerConfigurationCallback`` has set tiles."""
+        tiling = self.model.tiling
+        if tiling is None or self.hparams["tile_size"] is not None:
+            return
+        if not isinstance(self.pre_processor, AntialiasedPreProcessor):
+            msg = f"Tiles need the model's own pre-processor (pre_processor=True), got {self.pre_processor}."
+            raise TypeError(msg)
+        self.hparams["tile_size"], self.hparams["stride"] = tiling.tile_size, tiling.stride  # kept in checkpoints
+        self.pre_processor.resize_to(None)
+        if (datamodule := getattr(self.trainer, "datamodule", None)) is not None:
+            datamodule._update_augmentations()  # was set up before the callback, with a resize of whole images
 
     def frozen_parts(self) -> list[nn.Module]:
         """Return the parts of the network that do not change from step to step."""
@@ -194,10 +215,14 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
         return self._inputs(islice(self._training_loader(), count))
 
     def training_images(self) -> Iterator[Tensor]:
-        """Yield every training image once, in order, each process its share: model inputs ``(B, 3, H, W)``."""
+        """Yield every training image, in order, each process its share: model inputs ``(B, 3, H, W)``.
+
+        Each once as a whole, or `TILES_OF_IMAGE` times a tile at random.
+        """
         loader = self.indexed_training_loader()
         share = range(self.trainer.global_rank, len(cast("Sized", loader.dataset)), self.trainer.world_size)
-        return self._numbered(loader, share, loader.batch_size or 1)  # none where it has a batch sampler
+        passes = 1 if self.model.tiling is None else TILES_OF_IMAGE
+        return self._numbered(loader, [*share] * passes, loader.batch_size or 1)  # none where it has a batch sampler
 
     def random_training_images(self, batches: int, *, size: int) -> Iterator[Tensor]:
         """Yield batches of random training images: model inputs ``(size, 3, H, W)``."""
@@ -240,7 +265,7 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
             image = cast("Tensor", batch.image).to(self.device)
             if isinstance(self.pre_processor, PreProcessor) and self.pre_processor.transform is not None:
                 image = self.pre_processor.transform(image)
-            yield image
+            yield self.model.tiles_to_learn(image)
 
     def complete_pre_processor(self, choice: PreProcessor | bool, image_size: tuple[int, int]) -> None:
         """Make the default pre-processor with the backbone's statistics; refuse one that resizes to something else.
@@ -251,7 +276,7 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
 
         Raises:
             TypeError: If `choice` is something else.
-            ValueError: If the pre-processor makes images of another size.
+            ValueError: If the pre-processor makes images of another size, or resizes at all where there are tiles.
         """
         if not isinstance(choice, bool | PreProcessor):
             msg = f"pre_processor must be a PreProcessor, true or false, got {choice!r}."
@@ -259,6 +284,11 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
         if choice is True:
             pyramid = self.model.backbone
             self.pre_processor = self.configure_pre_processor(image_size, mean=pyramid.mean, std=pyramid.std)
+            if self.model.tiling is not None:
+                self.pre_processor.resize_to(None)
+        if self.model.tiling is not None and self.input_size is not None:
+            msg = f"Tiles are cut from images as they are, but the pre-processor resizes to {tuple(self.input_size)}."
+            raise ValueError(msg)
         if self.pre_processor is not None and self.input_size not in (None, image_size):
             msg = f"The pre-processor makes images of size {tuple(self.input_size)}, but image_size is {image_size}."
             raise ValueError(msg)
@@ -266,7 +296,7 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
     def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Reconstruct a batch of good images ``(B, 3, H, W)`` and return the loss."""
         del args, kwargs  # the trainer's batch index is not needed
-        image = cast("Tensor", batch.image)
+        image = self.model.tiles_to_learn(cast("Tensor", batch.image))
         loss = self.loss(*self.model.reconstruct(image))
         self.log("train_loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=len(image))
         return {"loss": loss}
@@ -279,13 +309,14 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
         """Add anomaly map and score to a batch, for the thresholds; measure the loss on its good images."""
         del args, kwargs
         image = cast("Tensor", batch.image)
-        reconstruction = self.model.reconstruct(image)
+        reconstruction = self.model.reconstruct(self.model.tiles_to_validate(image))
         label = torch.zeros(len(image)) if batch.gt_label is None else batch.gt_label
         good = (~label.bool()).nonzero().flatten().to(self.device)
         if len(good):
             loss = float(self.loss(*reconstruction.of(good)))
             self._validation_loss += torch.tensor([loss * len(good), len(good)], dtype=torch.float64)
-        return batch.update(**self.model.detect(reconstruction)._asdict())
+        found = self.model.detect(reconstruction) if self.model.tiling is None else self.model(image)
+        return batch.update(**found._asdict())
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss of the good validation images, if there are any, for callbacks to watch."""

@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from anomalib_uniass.deploy.pre_processor import AntialiasedPreProcessor, antialiased_resize
+from anomalib_uniass.deploy.pre_processor import AntialiasedPreProcessor
+from anomalib_uniass.layers.antialiased_resize import antialiased_resize
 
 TRANSFORM = Compose([Resize((64, 96), antialias=True), Normalize([0.5] * 3, [0.25] * 3)])
 

@@ -11,6 +11,7 @@ from anomalib.visualization import Visualizer
 from torch import nn
 
 from anomalib_uniass.arguments import check_whole, parse_image_size
+from anomalib_uniass.layers.tiling import make_tiling
 from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_arguments
 from anomalib_uniass.models.uniad.torch_model import UniADModel
 from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
@@ -59,7 +60,7 @@ class UniAD(ReconstructionMixin, AnomalibModule):
     """
 
     model: UniADModel
-    architecture = ("backbone", "image_size", "hidden_dim", "feedforward_dim")
+    architecture = ("backbone", "image_size", "tile_size", "hidden_dim", "feedforward_dim")
 
     def __init__(
         self,
@@ -67,6 +68,8 @@ class UniAD(ReconstructionMixin, AnomalibModule):
         pre_trained: bool = True,
         weights: str | None = None,
         image_size: Sequence[int] = (224, 224),
+        tile_size: int | Sequence[int] | None = None,
+        stride: int | Sequence[int] | None = None,
         hidden_dim: int = 256,
         feedforward_dim: int = 1024,
         jitter_scale: float = 20.0,
@@ -84,6 +87,8 @@ class UniAD(ReconstructionMixin, AnomalibModule):
     ) -> None:
         # Plain types before super().__init__() saves them: OmegaConf's would not load from a checkpoint.
         image_size = parse_image_size(image_size)
+        tiling = make_tiling(tile_size, stride)
+        tile_size, stride = (None, None) if tiling is None else (tiling.tile_size, tiling.stride)
         weights = None if weights is None else str(weights)
         check_arguments(
             backbone=backbone,
@@ -118,6 +123,7 @@ class UniAD(ReconstructionMixin, AnomalibModule):
             seed=seed,
         )
         self.loss = nn.MSELoss()
+        self.model.tiling = tiling
         self.complete_pre_processor(pre_processor, image_size)
 
     def configure_post_processor(self) -> PostProcessor:

