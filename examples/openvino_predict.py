@@ -3,6 +3,7 @@
 
     python openvino_predict.py model.xml part.png --out results
     python openvino_predict.py model.xml *.png --category bolt     # the thresholds of category_thresholds.json
+    python openvino_predict.py model.xml large.png --tile_size 448 # of a model that was trained with this tile_size
 
 Prints score and decision of each image; writes FOLDERS_NAME_heatmap.png and FOLDERS_NAME_mask.png of its size.
 """
@@ -10,6 +11,7 @@ Prints score and decision of each image; writes FOLDERS_NAME_heatmap.png and FOL
 import argparse
 import io
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,29 @@ def predict(model: ov.CompiledModel, pixels: np.ndarray) -> dict[str, Any]:
     return {name: outputs[name].squeeze() for name in ("pred_score", "pred_label", "anomaly_map", "pred_mask")}
 
 
+def predict_by_tiles(model: ov.CompiledModel, pixels: np.ndarray, tile: int, stride: int) -> dict[str, Any]:
+    """Return the same of a photograph of any size, tile by tile: maps blended in the overlaps, the highest score."""
+    sides = pixels.shape[:2]
+    if min(sides) < tile or not 0 < stride <= tile:
+        raise SystemExit(f"Tiles of {tile} pixels every {stride} do not cover an image of {sides[0]} x {sides[1]}.")
+    steps = [-(-(side - tile) // stride) for side in sides]
+    starts = [
+        [round(i * (side - tile) / max(1, n)) for i in range(n + 1)] for side, n in zip(sides, steps, strict=True)
+    ]
+    bell = np.sin(np.pi * (np.arange(tile) + 0.5) / tile) ** 2
+    weight, score = np.outer(bell, bell), 0.0
+    total, weights = np.zeros(sides), np.zeros(sides)
+    for top, left in product(*starts):
+        place = (slice(top, top + tile), slice(left, left + tile))
+        result = predict(model, pixels[place])
+        tile_map = Image.fromarray(result["anomaly_map"]).resize((tile, tile), Image.Resampling.BILINEAR)
+        total[place] += weight * np.asarray(tile_map)
+        weights[place] += weight
+        score = max(score, float(result["pred_score"]))
+    anomaly_map = total / weights
+    return {"pred_score": score, "pred_label": score > 0.5, "anomaly_map": anomaly_map, "pred_mask": anomaly_map > 0.5}
+
+
 def decide_for(category: str, result: dict[str, Any], file: Path) -> None:
     """Replace label and mask by those at the category's own thresholds."""
     if not file.is_file():
@@ -83,6 +108,8 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="model.xml or model.onnx of `anomalib export`")
     parser.add_argument("images", type=Path, nargs="+")
     parser.add_argument("--category", help="decide with the thresholds of this category")
+    parser.add_argument("--tile_size", type=int, help="side of the tiles, for a model of tiles exported without a size")
+    parser.add_argument("--stride", type=int, help="from a tile to the next; three quarters of their size by default")
     parser.add_argument("--precision", choices=["f32", "bf16"], default="f32")
     parser.add_argument("--out", type=Path, default=Path("predictions"))
     arguments = parser.parse_args()
@@ -92,7 +119,10 @@ def main() -> None:
             pixels = read(path)
         except Exception as error:  # Pillow raises many kinds
             raise SystemExit(f"Cannot read {path}: {error}.") from error
-        result = predict(model, pixels)
+        if tile := arguments.tile_size:
+            result = predict_by_tiles(model, pixels, tile, arguments.stride or 3 * tile // 4)
+        else:
+            result = predict(model, pixels)
         if arguments.category:
             decide_for(arguments.category, result, arguments.model.with_name("category_thresholds.json"))
         name = "_".join(path.with_suffix("").parts[-3:])  # datasets number the images of each folder anew

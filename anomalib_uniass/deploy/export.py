@@ -4,7 +4,7 @@
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -23,9 +23,7 @@ from anomalib.post_processing import PostProcessor
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from anomalib_uniass.deploy.pre_processor import AntialiasedPreProcessor
 from anomalib_uniass.files import replace_text
-from anomalib_uniass.layers.tiling import TiledModel
 from anomalib_uniass.thresholds.post_processor import (
     CategoryThresholdPostProcessor,
     has_thresholds,
@@ -59,9 +57,7 @@ class ExportMixin(Base):
     """anomalib's export, with the resize inside the graph: the exported model takes images in [0, 1] of any size.
 
     A fixed ``input_size`` need not be the size the model works at: it is the size of the images that will come, and
-    they are resized as in training. Batches of any size are taken. A model of tiles gives a graph of whole photographs
-    for a fixed ``input_size``, with all their tiles in it, and of a single tile otherwise: whoever runs that cuts and
-    blends (``docs/deploy.md``). Beside the model lie the thresholds of all
+    they are resized as in training. Batches of any size are taken. Beside the model lie the thresholds of all
     categories (``category_thresholds.json``), if its post-processor has some; without any thresholds the exported model
     gives scores and maps alone, and a warning says so. An earlier export is replaced when the new one is complete.
     Expects ``self.model`` of the class it is mixed into, with the frozen part under ``backbone``.
@@ -104,7 +100,7 @@ class ExportMixin(Base):
         """
         self.check_exportable()
         kwargs.setdefault("opset_version", 18)
-        with complete_export(self.post_processor, export_root) as export, self._single_tile(input_size):
+        with complete_export(self.post_processor, export_root) as export, self.exported_network(input_size):
             export.path = super().to_onnx(export.root, model_file_name, input_size, **kwargs)
         return export.path
 
@@ -135,7 +131,7 @@ class ExportMixin(Base):
             check_nncf(compression_type)
         if compression_type in CALIBRATED:
             check_calibration(datamodule, compression_type=compression_type, input_size=input_size)
-        with complete_export(self.post_processor, export_root) as export, self._single_tile(input_size):
+        with complete_export(self.post_processor, export_root) as export, self.exported_network(input_size):
             export.path = super().to_openvino(
                 export.root,
                 model_file_name,
@@ -153,27 +149,21 @@ class ExportMixin(Base):
                 _set_openvino_info(export.path, THRESHOLDS, thresholds)
         return export.path
 
-    @contextmanager
-    def _single_tile(self, input_size: tuple[int, int] | None) -> Iterator[None]:
-        """Let a model of tiles take a single one, as any image, unless photographs of one size will come."""
-        network, pre_processor = cast("TiledModel", self.model), cast("AntialiasedPreProcessor", self.pre_processor)
-        tiling = network.tiling
-        if tiling is None or input_size is not None:
-            yield
-            return
-        network.tiling = None
-        pre_processor.resize_to(network.image_size)
-        try:
-            yield
-        finally:
-            network.tiling = tiling
-            pre_processor.resize_to(None)
+    def exported_network(self, input_size: tuple[int, int] | None) -> AbstractContextManager[None]:
+        """Return a context in which the network is the one to export for images of some size, None for any."""
+        del input_size
+        return nullcontext()
+
+    def calibration_inputs(self, graph: "ov.Model", images: list[np.ndarray]) -> list[np.ndarray]:
+        """Return what a graph is calibrated with: images ``(1, 3, H, W)`` as they are."""
+        del graph
+        return images
 
     def _post_training_quantization_ov(  # type: ignore[override]  # static in anomalib
         self, model: "ov.Model", datamodule: AnomalibDataModule
     ) -> "ov.Model":
         """Calibrate with training images: anomalib takes the validation images, which are few of each category."""
-        return self.quantize(model, calibration_images(datamodule))
+        return self.quantize(model, self.calibration_inputs(model, calibration_images(datamodule)))
 
     @staticmethod
     def quantize(model: "ov.Model", images: Sequence[np.ndarray]) -> "ov.Model":

@@ -29,6 +29,7 @@ from anomalib_uniass.layers.seeding import random_states, set_random_states
 from anomalib_uniass.metrics import CategoryMetricsCallback
 from anomalib_uniass.models.complete_run import CompleteRunMixin
 from anomalib_uniass.models.progress import ProgressLines
+from anomalib_uniass.models.tiled import TiledMixin
 from anomalib_uniass.prediction import PredictionMixin
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 LRSchedule = Literal["step", "onecycle"]
 
 
-class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
+class ReconstructionMixin(CompleteRunMixin, PredictionMixin, TiledMixin, ExportMixin):
     """Training, checkpoints and export of a frozen backbone with a trainable reconstruction network.
 
     Expects of the class it is mixed into: ``self.model`` with ``backbone``, ``anomaly_map``, ``reconstruct`` and
@@ -153,7 +154,7 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
             ValueError: If the trainer's precision is not one of `PRECISIONS`.
         """
         super().setup(stage)
-        self._follow_tiler()
+        self.follow_tiler()
         if (precision := str(self.trainer.precision)) not in PRECISIONS:
             msg = (
                 f"{type(self).__name__} takes the trainer's precision {', '.join(PRECISIONS)}, got {precision}: its "
@@ -171,19 +172,6 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, ExportMixin):
             check_sizes(frames, self.model.tiling.check)
         if stage == "fit" and self.trainer.is_global_zero and frames:
             say_what_gets_lost(frames[-1], self.model.image_size, tile_size=self.hparams["tile_size"])
-
-    def _follow_tiler(self) -> None:
-        """Leave images as large as they are where anomalib's ``TilerConfigurationCallback`` has set tiles."""
-        tiling = self.model.tiling
-        if tiling is None or self.hparams["tile_size"] is not None:
-            return
-        if not isinstance(self.pre_processor, AntialiasedPreProcessor):
-            msg = f"Tiles need the model's own pre-processor (pre_processor=True), got {self.pre_processor}."
-            raise TypeError(msg)
-        self.hparams["tile_size"], self.hparams["stride"] = tiling.tile_size, tiling.stride  # kept in checkpoints
-        self.pre_processor.resize_to(None)
-        if (datamodule := getattr(self.trainer, "datamodule", None)) is not None:
-            datamodule._update_augmentations()  # was set up before the callback, with a resize of whole images
 
     def frozen_parts(self) -> list[nn.Module]:
         """Return the parts of the network that do not change from step to step."""

@@ -70,13 +70,13 @@ def _map(model: nn.Module, reconstruction: Any, target: Any) -> Tensor:
 
 
 def _score(model: nn.Module, anomaly_map: Tensor, wide: list[Any]) -> Tensor:
-    """Return the papers' scores of the releases, and the mean of the highest percent of the coarse levels."""
+    """Return the papers' scores of the releases, and the mean of the highest pixels of the coarse levels."""
     if isinstance(model, UniASModel):
         if not model.coarse_score:
             return anomaly_map.flatten(1).std(dim=1)
         coarse, finer, *_ = model.anomaly_map.level_maps(*wide)
         pixels = (coarse * finer).square().flatten(1)
-        return pixels.topk(round(pixels.shape[1] / 100), dim=1).values.mean(dim=1)
+        return pixels.topk(round(0.003 * pixels.shape[1]), dim=1).values.mean(dim=1)
     return nn.functional.avg_pool2d(anomaly_map, 16, stride=1).amax(dim=(1, 2, 3))
 
 

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import Resize
 from anomalib_uniass import UniAS, Unified, acceleration, load_official_checkpoint
 from anomalib_uniass.acceleration import memory
 from anomalib_uniass.models.unias import official
-from anomalib_uniass.models.unias.anomaly_map import image_score
+from anomalib_uniass.models.unias.anomaly_map import even_out, image_score
 from anomalib_uniass.models.unias.loss import ReconstructionLoss
 from anomalib_uniass.models.unias.torch_model import UniASModel
 from tests.helpers.datasets import make_mvtec_layout
@@ -80,9 +80,19 @@ def test_compiled_model_gives_the_same_map(backend: str, monkeypatch: pytest.Mon
 def test_image_scores_by_hand() -> None:
     ramp = torch.arange(100.0).view(1, 1, 10, 10)
     assert image_score(ramp, reduction="max").item() == 99
-    assert image_score(ramp, reduction="top").item() == 99  # one percent of 100 pixels
+    assert image_score(ramp, reduction="top").item() == 99  # 0.3 % of 100 pixels is one
     assert image_score(ramp, reduction="top", top_share=0.04).item() == pytest.approx((99 + 98 + 97 + 96) / 4)
     assert image_score(ramp, reduction="std").item() == pytest.approx(ramp.std().item())
+
+
+def test_even_maps_by_hand() -> None:
+    """Divided by the cube root of their root mean square: what is 8 times as high becomes 4 times as high."""
+    maps = torch.tensor([1.0, 7.0]).view(1, 1, 1, 2).repeat(2, 1, 1, 1) / 5  # root mean square of 1
+    maps[1] *= 8
+    torch.testing.assert_close(even_out(maps)[0], maps[0])
+    torch.testing.assert_close(even_out(maps)[1], maps[0] * 4)
+    assert torch.equal(even_out(torch.zeros(1, 1, 2, 2)), torch.zeros(1, 1, 2, 2))
+    assert even_out(torch.full((1, 1, 2, 2), 1e-30)).isfinite().all()
 
 
 def test_loss_terms_by_hand() -> None:
