@@ -18,7 +18,7 @@ ImageScore = Literal["std", "max", "top"]
 TOP_SHARE = 0.003
 """Share of the pixels whose mean is the score of an image in recipe `best`."""
 
-EVENNESS = 1 / 3
+EVENNESS = 1 / 4
 """How far recipe `best` goes from maps as they are, 0, to maps of one root mean square, 1."""
 
 
@@ -93,7 +93,7 @@ def cosine_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def even_out(anomaly_map: Tensor) -> Tensor:
-    """Make the maps of different images more alike: divide each by the cube root of its root mean square.
+    """Make the maps of different images more alike: divide each by the fourth root of its root mean square.
 
     Otherwise what surrounds a strong defect of one image outranks the weak defects of all others. Divided by all of it,
     good images would rank as high as defective ones.
