@@ -91,7 +91,7 @@ def test_tables_and_thresholds_are_those_of_one_process(
     assert results[0]["tables"]["without masks"]["bare"]["n_images"] == 5
 
     comparison = pd.read_csv(folder / "comparison" / "table.csv")
-    assert list(comparison["model"]) == ["UniAS", "ReverseDistillation"]
+    assert list(comparison["model"]) == ["UniAS", "UniAS 2", "ReverseDistillation"]
     assert list(comparison["n_images"]) == [11, 11]
     assert (comparison["test_seconds"] > 0).all()
 

@@ -69,6 +69,8 @@ def evaluate(processes: int, root: Path, folder: Path) -> dict[str, Any]:
     model, runner = UniAS(**SMALL, seed=0, visualizer=False), engine(processes, folder)
     runner.validate(model, datamodule=unified(root, folder))
     tables = {"UniAS": tested(runner, model, unified(root, folder))}
+    by_tiles = UniAS(**SMALL, seed=0, tile_size=48, visualizer=False)
+    tables["UniAS by tiles"] = tested(engine(processes, folder), by_tiles, unified(root, folder))
 
     torch.manual_seed(0)
     other = ReverseDistillation(

@@ -157,6 +157,16 @@ def test_tiler_of_anomalib(model: type, tmp_path: Path) -> None:
     assert loaded.model.tiling == by_arguments.model.tiling
 
 
+def test_tiles_that_cannot_be_turned_or_cached(tmp_path: Path) -> None:
+    root = make_mvtec_layout(tmp_path / "parts", ["bolt"], 128)
+    with pytest.raises(ValueError, match="must be squares"):
+        run(tmp_path, small(UniAS, tile_size=[96, 80]), root)
+    data = Unified(root=root, num_workers=0, cache_images=True)
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, logger=False)
+    with pytest.raises(ValueError, match="cache_images"):
+        engine.fit(small(UniAS, tile_size=96), datamodule=data)
+
+
 def maps_of(engine: Engine, model: Any, data: Unified) -> dict[str, Tensor]:
     predictions = engine.predict(model, dataloaders=data.test_dataloader(), return_predictions=True)
     return {str(batch.image_path[0]): batch.anomaly_map for batch in predictions}  # type: ignore[union-attr]
