@@ -189,7 +189,19 @@ def test_training_takes_every_place_equally_often() -> None:
     assert int(counts.min()) > 150 and int(counts.max()) < 250
 
 
-@pytest.mark.parametrize("model", [UniAS, UniAD])
+@pytest.mark.parametrize(("height", "expected"), [(-1, (1, 3, 96, 96)), (150, (1, 3, 150, 211))])
+def test_calibration_of_what_the_graph_takes(height: int, expected: tuple[int, ...]) -> None:
+    parameter = ov.opset13.parameter(ov.PartialShape([-1, 3, height, -1]))
+    graph = ov.Model([ov.opset13.relu(parameter)], [parameter])
+    images = [torch.rand(1, 3, 150, 211).numpy() for _ in range(3)]
+    model = small(UniAS, tile_size=96)
+    inputs = model.calibration_inputs(graph, images)
+    assert [image.shape for image in inputs] == [expected] * 3
+    for image, again in zip(inputs, model.calibration_inputs(graph, images), strict=True):
+        np.testing.assert_array_equal(image, again)  # the same tiles in every export
+
+
+@pytest.mark.parametrize("model", [UniAS, pytest.param(UniAD, marks=pytest.mark.slow)])
 def test_exported_photographs(model: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All tiles of a photograph in one graph, for any batch; a single tile for any size."""
     root = make_mvtec_layout(tmp_path / "parts", ["bolt"], (150, 211))
