@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from anomalib.data.utils import LabelName
-from PIL import Image
+from PIL import ExifTags, Image
 
 from anomalib_uniass.data.images import read_mask
 
@@ -160,7 +160,8 @@ def check_sizes(frames: Iterable[pd.DataFrame], check: Callable[[tuple[int, int]
     for path in (path for frame in frames for path in frame["image_path"]):
         try:
             with Image.open(path) as image:
-                width, height = image.size
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+                width, height = image.size[::-1] if turned else image.size
         except OSError:  # not for Pillow; whoever reads it will say so
             continue
         try:

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
-from PIL import Image
+from PIL import ExifTags, Image
 
 from anomalib_uniass import UniAS, Unified
-from anomalib_uniass.data.defect_sizes import MOST_MASKS, defect_sizes, say_what_gets_lost
+from anomalib_uniass.data.defect_sizes import MOST_MASKS, check_sizes, defect_sizes, say_what_gets_lost
 from tests.helpers.datasets import make_mvtec_layout
 
 
@@ -101,3 +101,32 @@ def test_a_training_says_it_once(single: bool, tmp_path: Path, caplog: pytest.Lo
     said = [record.getMessage() for record in caplog.records if "smaller than a token" in record.getMessage()]
     assert len(said) == 1
     assert "at 128 x 32 pixels 100 % of 1 defects" in said[0] and "100 % smaller than a pixel" in said[0]
+
+
+def test_sizes_are_those_of_upright_images(tmp_path: Path) -> None:
+    """Turned by EXIF, of two frames, and of a file that is none, which whoever reads it tells."""
+    image = Image.new("L", (40, 30))
+    exif = image.getexif()
+    exif[ExifTags.Base.Orientation] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    image.save(tmp_path / "upright.png")
+    (tmp_path / "broken.png").write_bytes(b"x")
+    seen: list[tuple[int, int]] = []
+    paths = [str(tmp_path / name) for name in ("turned.jpg", "upright.png", "broken.png")]
+    check_sizes([pd.DataFrame({"image_path": paths})], seen.append)
+    assert seen == [(40, 30), (30, 40)]
+
+
+def test_advised_tiles_keep_nine_of_ten(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    masks = [write_mask(tmp_path / f"{side}.png", (2000, 3000), side) for side in (20, *range(32, 42))]
+    (sizes,) = defect_sizes(frame(a=list(masks)), (224, 224)).values()
+    tile = sizes.advised_tile((224, 224))
+    assert tile == 448  # 32 pixels become 16
+    (by_tiles,) = defect_sizes(frame(a=list(masks)), (224, 224), tile_size=(tile, tile)).values()
+    assert by_tiles.smaller_than(16) <= 0.1
+    say_what_gets_lost(frame(a=list(masks)), (224, 224))
+    say_what_gets_lost(frame(a=list(masks)), (224, 224), tile_size=(tile, tile))
+    whole, tiled = (record.getMessage() for record in caplog.records)
+    assert "or tile_size 448 would keep nine of ten" in whole
+    assert "9 % of 11 defects" in tiled and "image_size" not in tiled
