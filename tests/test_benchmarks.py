@@ -79,6 +79,14 @@ def test_accuracy_summary_is_the_mean_over_seeds_of_means_over_categories(
     assert rows["best", "all"]["pixel_F1Max"] == "39.0 ± 7.1"
     assert rows["patchcore", "all"]["pixel_F1Max"] == "24.0"
 
+    (tmp_path / "elpv.json").write_text(
+        json.dumps({"summary": {"best_own_pooled": 90.5, "best_own_within_modules": 87.1}})
+    )
+    demo = {"means": {"all": {"pixel_AP": 60.5}}}
+    whole = report.Report(tmp_path / "a", {"models": models, "demo": {"demo_0": demo}}).summary()
+    assert whole["elpv_all_image_AUROC"] == 90.5 and whole["elpv_within_image_AUROC"] == 87.1
+    assert whole["demo_pixel_AP"] == 60.5 and whole["fast_all_pixel_AP"] == 39
+
     (tmp_path / "old.json").write_text(json.dumps({"models": {"best_0": run(0.3) | {"means": {}}}}))
     assert report.Report.load(tmp_path / "old").rows("models")["best_0"]["means"]["all"]["AUPRO"] == 34
 
