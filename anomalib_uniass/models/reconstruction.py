@@ -48,9 +48,10 @@ LRSchedule = Literal["step", "onecycle"]
 class ReconstructionMixin(CompleteRunMixin, PredictionMixin, TiledMixin, ExportMixin):
     """Training, checkpoints and export of a frozen backbone with a trainable reconstruction network.
 
-    Expects of the class it is mixed into: ``self.model`` with ``backbone``, ``anomaly_map``, ``reconstruct`` and
-    ``detect``; ``self.loss`` that takes what ``reconstruct`` returns; and the constructor arguments ``learning_rate``,
-    ``weight_decay``, ``lr_schedule``, ``lr_step_epochs``, ``max_epochs``, ``pre_trained`` and ``weights``.
+    Expects of the class it is mixed into: ``self.model``, a :class:`~anomalib_uniass.layers.tiling.TiledModel` with
+    ``backbone``, ``anomaly_map``, ``reconstruct`` and ``detect``; ``self.loss`` of what ``reconstruct`` returns;
+    and the constructor arguments ``learning_rate``, ``weight_decay``, ``lr_schedule``, ``lr_step_epochs``,
+    ``max_epochs``, ``pre_trained``, ``weights``, ``tile_size`` and ``stride``.
 
     A run that goes on from a checkpoint of the end of an epoch draws the random numbers that it would have drawn, on
     one device, so that it ends as if it had never stopped. From a checkpoint within an epoch (``val_check_interval``,

@@ -24,6 +24,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.utils.data import DataLoader
 
 from anomalib_uniass import UniAD, UniAS, Unified
+from anomalib_uniass.layers.tiling import TiledModel
 from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator
 from anomalib_uniass.models.unias.torch_model import Reconstruction
 from anomalib_uniass.thresholds.calibration import (
@@ -292,7 +293,7 @@ def data(root: Path) -> Unified:
     return Unified(root=root, num_workers=0, val_split_ratio=0.5, eval_batch_size=4)
 
 
-class Distances(nn.Module):
+class Distances(TiledModel):
     """Stands for the network of UniAS, whose export takes a minute: ``(B, 3, H, 128)`` to maps of that size."""
 
     def __init__(self) -> None:
