@@ -211,7 +211,7 @@ class Study:
             model.load_state_dict(saved["state_dict"])
             datamodule.setup()
             for callback in callbacks:
-                callback.load_state_dict(saved["callbacks"][callback.state_key])
+                callback.load_state_dict(saved["callbacks"].get(callback.state_key, callback.state_dict()))
             steps = saved["global_step"]
         else:
             engine.fit(model, datamodule=datamodule, ckpt_path=checkpoint)
