@@ -113,10 +113,10 @@ class Tiling:
         for maps, tile_scores in self._detect_rows(images, rows, columns, network):
             scores.append(tile_scores)
             for tiles in maps:  # of a row, ``(columns, B, 1, h, w)``
-                placed = [
+                placed = (
                     F.pad(tile * weight, (left, size[1] - left - self.tile_size[1]))
                     for tile, weight, left in zip(tiles, column_weights, columns, strict=True)
-                ]
+                )
                 top, weight = rows[len(strips)], row_weights[len(strips)][:, None]
                 strips.append((top, weight * reduce(torch.add, placed)))
         canvas = reduce(torch.add, (F.pad(s, (0, 0, top, size[0] - top - self.tile_size[0])) for top, s in strips))
