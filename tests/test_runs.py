@@ -172,11 +172,18 @@ class Kill(Callback):
 
 
 def train(
-    model_class: type[UniAS | UniAD], folder: Path, root: Path, *, every: int, workers: int = 0, **fit: Any
+    model_class: type[UniAS | UniAD],
+    folder: Path,
+    root: Path,
+    *,
+    every: int,
+    workers: int = 0,
+    tile_size: int | None = None,
+    **fit: Any,
 ) -> Engine:
     """Train four epochs from a seed."""
     ours = {"recipe": "best"} if model_class is UniAS else {}
-    model = model_class(**SMALL, lr_schedule="onecycle", **ours)
+    model = model_class(**SMALL, lr_schedule="onecycle", tile_size=tile_size, **ours)
     seed_everything(fit.pop("seed", 7), verbose=False)
     callbacks = [Kill(fit.pop("kill"))] if "kill" in fit else []
     run = engine(folder, max_epochs=4, check_val_every_n_epoch=every, callbacks=callbacks)
@@ -195,12 +202,15 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-@pytest.mark.parametrize(("model_class", "every", "workers"), [(UniAS, 1, 0), (UniAS, 2, 0), (UniAD, 2, 1)])
+@pytest.mark.parametrize(
+    ("model_class", "every", "workers", "tile_size"),
+    [(UniAS, 1, 0, None), (UniAS, 2, 0, None), (UniAD, 2, 1, None), (UniAS, 2, 0, 24)],
+)
 def test_a_killed_run_goes_on_to_the_weights_and_metrics_of_one_that_was_not(
-    model_class: type[UniAS | UniAD], every: int, workers: int, root: Path, tmp_path: Path
+    model_class: type[UniAS | UniAD], every: int, workers: int, tile_size: int | None, root: Path, tmp_path: Path
 ) -> None:
-    """Order, augmentation, jitter and dropout are drawn as if it had not stopped; resumed with other random numbers."""
-    arguments: dict[str, Any] = {"every": every, "workers": workers}
+    """Order, augmentation, tiles, jitter and dropout are drawn as if it had not stopped."""
+    arguments: dict[str, Any] = {"every": every, "workers": workers, "tile_size": tile_size}
     process = multiprocessing.get_context("fork").Process(
         target=train, args=(model_class, tmp_path, root), kwargs=arguments | {"kill": 3 * BATCHES + 2}
     )
