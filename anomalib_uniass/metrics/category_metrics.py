@@ -138,9 +138,10 @@ class CategoryMetrics(Metric):
         if not has_pixels:
             rank_zero_warn(f"No anomaly maps or no masks were given: {', '.join(PIXEL_METRICS)} are NaN.", UserWarning)
         counted = self._counted()
+        compact_maps = self._compact_maps() if _entries(self.lengths) else []
         table = {}
         for name, index in self._ids.items():
-            row = self._compute_row(index, counted)
+            row = self._compute_row(index, counted, compact_maps)
             _warn_undefined(name, row, has_pixels=has_pixels)
             table[name] = row
         table[MEAN] = _mean_row(list(table.values()))
@@ -219,7 +220,7 @@ class CategoryMetrics(Metric):
         counted = is_nameless | (rank == first_rank[image])
         return list(counted.split([len(batch) for batch in batches]))
 
-    def _compute_row(self, index: int, counted: list[Tensor]) -> dict[str, float]:
+    def _compute_row(self, index: int, counted: list[Tensor], compact_maps: list[CompactMap]) -> dict[str, float]:
         categories = _entries(self.category_id)
         chosen = [(ids == index) & counts for ids, counts in zip(categories, counted, strict=True)]
         row = dict.fromkeys(METRICS, math.nan)
@@ -228,8 +229,8 @@ class CategoryMetrics(Metric):
             return {**row, "n_images": 0, "n_anomalous": 0}
         label = _select(self.gt_label, chosen)
         row |= image_metrics(_select(self.pred_score, chosen), label)
-        if _entries(self.lengths):
-            row |= compact_metrics(list(itertools.compress(self._compact_maps(), torch.cat(chosen).tolist())))
+        if compact_maps:
+            row |= compact_metrics(list(itertools.compress(compact_maps, torch.cat(chosen).tolist())))
         elif _entries(self.anomaly_map):
             row |= pixel_metrics(_select(self.anomaly_map, chosen), _select(self.gt_mask, chosen))
         return {**row, "n_images": n_images, "n_anomalous": int(label.sum())}
