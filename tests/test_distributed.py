@@ -92,6 +92,7 @@ def test_tables_and_thresholds_are_those_of_one_process(
     assert {name: (table[name]["n_images"], table[name]["n_anomalous"]) for name in COUNTS} == COUNTS
     assert results[0]["tables"]["without masks"]["bare"]["n_images"] == 5
 
+    assert any("Test of 11 images" in page.read_text() for page in folder.rglob("metrics/report.html"))
     comparison = pd.read_csv(folder / "comparison" / "table.csv")
     assert list(comparison["model"]) == ["UniAS", "UniAS 2", "ReverseDistillation"]
     assert list(comparison["n_images"]) == [11, 11, 11]

@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 
 from anomalib_uniass.deploy.export import write_thresholds
 from anomalib_uniass.files import replace_text, replacing
-from anomalib_uniass.metrics import ComparisonCallback, write_comparison, write_table
+from anomalib_uniass.metrics import write_table
 from anomalib_uniass.metrics.category_metrics import COUNTS
 from anomalib_uniass.metrics.functional import METRICS
+from anomalib_uniass.report.comparison import ComparisonCallback, write_comparison
 from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
 from tests.helpers.sample_data import write_small_sample
 
@@ -96,6 +97,9 @@ def save_thresholds(folder: Path, value: float) -> None:
     write_thresholds(post_processor, folder)
 
 
+COMPARISON = {"table.csv", "table.md", "per_category.csv", "pixel_AP.png", "report.html"}
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
@@ -104,9 +108,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     ("save", "owner", "writer", "names"),
     [
         (save_table, Path, "open", {"per_category.csv", "per_category.json"}),
-        (save_comparison, Path, "open", {"table.csv", "table.md", "per_category.csv", "pixel_AP.png"}),
-        (save_comparison, pd.DataFrame, "to_csv", {"table.csv", "table.md", "per_category.csv", "pixel_AP.png"}),
-        (save_comparison, Figure, "savefig", {"table.csv", "table.md", "per_category.csv", "pixel_AP.png"}),
+        (save_comparison, Path, "open", COMPARISON),
+        (save_comparison, pd.DataFrame, "to_csv", COMPARISON),
+        (save_comparison, Figure, "savefig", COMPARISON),
         (save_thresholds, Path, "open", {"category_thresholds.json"}),
     ],
 )
@@ -164,7 +168,7 @@ def test_comparison_that_cannot_be_written_fails_before_any_work(
     def read_only(*_arguments: object, **options: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(options["dir"]))
 
-    monkeypatch.setattr("anomalib_uniass.metrics.comparison.TemporaryDirectory", read_only)
+    monkeypatch.setattr("anomalib_uniass.report.comparison.TemporaryDirectory", read_only)
     trainer: Any = type("Trainer", (), {"is_global_zero": True})
     with pytest.raises(PermissionError, match=str(tmp_path)):
         ComparisonCallback(tmp_path).setup(trainer, trainer, "fit")

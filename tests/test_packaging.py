@@ -113,7 +113,8 @@ ALLOWED = {
     "thresholds": ("thresholds", "arguments", "distribution"),
     "deploy": ("deploy", "layers", "thresholds", "files"),
     "metrics": ("metrics", "files", "distribution"),
-    "data": ("data", "metrics", "files", "arguments"),
+    "report": ("report", "metrics", "thresholds", "files", "distribution"),
+    "data": ("data", "metrics", "report", "files", "arguments"),
     "prediction": ("prediction", "data", "thresholds", "distribution", "files"),
 }
 

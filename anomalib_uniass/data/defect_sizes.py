@@ -118,17 +118,29 @@ def _measure(masks: list[str], image_size: tuple[int, int], tile_size: tuple[int
     return DefectSizes(np.concatenate(sides), np.concatenate(scales), native)
 
 
-def say_what_gets_lost(
+class Loss(NamedTuple):
+    """What the defects of a category lose at the size that a model works at.
+
+    Attributes:
+        text: In words, with an advice if there is one.
+        is_total: Whether some get smaller than a pixel.
+    """
+
+    text: str
+    is_total: bool
+
+
+def what_gets_lost(
     samples: pd.DataFrame, image_size: tuple[int, int], *, tile_size: tuple[int, int] | None = None
-) -> None:
-    """Log a line per category whose defects get smaller than a token, and a warning if some get lost altogether.
+) -> dict[str, Loss]:
+    """Tell of which categories defects get smaller than a token.
 
     Args:
         samples: As of :func:`defect_sizes`.
         image_size: Height and width that images or tiles are resized to.
         tile_size: Height and width of the tiles; None for whole images.
     """
-    height, width = image_size
+    losses = {}
     for category, sizes in defect_sizes(samples, image_size, tile_size=tile_size).items():
         small, lost = sizes.smaller_than(TOKEN), sizes.smaller_than(1)
         if not small:
@@ -138,13 +150,21 @@ def say_what_gets_lost(
             advice.append(f"image_size [{advised[0]}, {advised[1]}]")
         if tile := sizes.advised_tile(image_size):
             advice.append(f"tile_size {tile}")
-        logger.log(
-            logging.WARNING if lost else logging.INFO,
-            "%s: at %d x %d pixels %.0f %% of %d defects in the masks become smaller than a token (%d x %d pixels), "
-            "%.0f %% smaller than a pixel.%s",
-            category, height, width, 100 * small, len(sizes.sides), TOKEN, TOKEN, 100 * lost,
-            f" {' or '.join(advice)} would keep nine of ten above a token." if advice else "",
-        )  # fmt: skip
+        text = (
+            f"at {image_size[0]} x {image_size[1]} pixels {100 * small:.0f} % of {len(sizes.sides)} defects in the "
+            f"masks become smaller than a token ({TOKEN} x {TOKEN} pixels), {100 * lost:.0f} % smaller than a pixel."
+            + (f" {' or '.join(advice)} would keep nine of ten above a token." if advice else "")
+        )
+        losses[category] = Loss(text, is_total=lost > 0)
+    return losses
+
+
+def say_what_gets_lost(
+    samples: pd.DataFrame, image_size: tuple[int, int], *, tile_size: tuple[int, int] | None = None
+) -> None:
+    """Log :func:`what_gets_lost`, a line per category, and a warning if defects get lost altogether."""
+    for category, loss in what_gets_lost(samples, image_size, tile_size=tile_size).items():
+        logger.log(logging.WARNING if loss.is_total else logging.INFO, "%s: %s", category, loss.text)
 
 
 def check_sizes(frames: Iterable[pd.DataFrame], check: Callable[[tuple[int, int]], object]) -> None:

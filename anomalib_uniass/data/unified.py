@@ -19,7 +19,9 @@ from torchvision.transforms.v2 import RandomCrop, Transform
 from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_seed, check_text, check_whole
 from anomalib_uniass.data.checks import check_samples, images_without_mask
 from anomalib_uniass.data.dataset import UnifiedDataset, category_augmentation
+from anomalib_uniass.data.defect_sizes import what_gets_lost
 from anomalib_uniass.data.image_cache import ImageCache, fixed_resize
+from anomalib_uniass.data.images import read_image
 from anomalib_uniass.data.mvtec_layout import LayoutError, explain_root
 from anomalib_uniass.data.sources import (
     category_folders,
@@ -30,8 +32,10 @@ from anomalib_uniass.data.sources import (
     present_categories,
     read_with,
 )
-from anomalib_uniass.metrics import CategoryMetricsCallback, ComparisonCallback
+from anomalib_uniass.metrics import CategoryMetricsCallback
 from anomalib_uniass.metrics.category_metrics import MEAN
+from anomalib_uniass.report.callback import ReportCallback
+from anomalib_uniass.report.comparison import ComparisonCallback
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +82,7 @@ class Unified(AnomalibDataModule):
         seed: Seed of the split; None draws anew each time, and differently in each process of a distributed run.
         comparison: Folder of a comparison to which every model tested on this data adds its row (``table.csv``,
             ``table.md``, ``per_category.csv``, ``pixel_AP.png``); see
-            :class:`~anomalib_uniass.metrics.ComparisonCallback`.
+            :class:`~anomalib_uniass.report.comparison.ComparisonCallback`.
         cache_images: Read and resize the training images in the first epoch alone and keep them in memory that all
             workers share (each process of a distributed run has its own): 12 bytes per pixel, 2.2 GB for MVTec AD at
             224 x 224. Pays where a GPU waits for few CPU cores; not on a CPU, where the model takes far longer than
@@ -345,7 +349,7 @@ class Unified(AnomalibDataModule):
         }
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, check and split the data, and add metrics per category and comparison to an attached trainer.
+        """Read, check and split the data, and add metrics per category, page and comparison to an attached trainer.
 
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``; all subsets are made in any case.
@@ -362,6 +366,8 @@ class Unified(AnomalibDataModule):
             if not any(isinstance(callback, CategoryMetricsCallback) for callback in callbacks):
                 # First of all, so that it sees the raw anomaly maps before anomalib normalises them.
                 callbacks.insert(0, CategoryMetricsCallback())
+            if not any(isinstance(callback, ReportCallback) for callback in callbacks):
+                callbacks.append(ReportCallback(read_image, notes=self._small_defects))
             if self.comparison and not any(isinstance(callback, ComparisonCallback) for callback in callbacks):
                 callbacks.insert(0, ComparisonCallback(self.comparison))
 
@@ -399,6 +405,15 @@ class Unified(AnomalibDataModule):
     def _one_photograph_at_a_time(self) -> None:
         if self._tile_size() is not None:
             self.eval_batch_size = 1
+
+    def _small_defects(self) -> dict[str, str]:
+        """Say of which categories defects get small at the size of the tested model, if it tells that size."""
+        network = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        image_size = getattr(network, "image_size", None)
+        if image_size is None:
+            return {}
+        losses = what_gets_lost(self.test_data.samples, image_size, tile_size=self._tile_size())
+        return {category: f"{loss.text[0].upper()}{loss.text[1:]}" for category, loss in losses.items()}
 
     def _tile_size(self) -> tuple[int, int] | None:
         """Return the tiles of the model that is trained or tested, if it has some."""

@@ -3,7 +3,6 @@
 
 from anomalib_uniass.metrics.callback import CategoryMetricsCallback
 from anomalib_uniass.metrics.category_metrics import CategoryMetrics
-from anomalib_uniass.metrics.comparison import ComparisonCallback, write_comparison
 from anomalib_uniass.metrics.functional import (
     BinaryCurve,
     aupro,
@@ -17,13 +16,12 @@ from anomalib_uniass.metrics.functional import (
     label_regions,
     pixel_metrics,
 )
-from anomalib_uniass.metrics.report import format_table, write_table
+from anomalib_uniass.metrics.table import format_table, write_table
 
 __all__ = [
     "BinaryCurve",
     "CategoryMetrics",
     "CategoryMetricsCallback",
-    "ComparisonCallback",
     "aupro",
     "auroc",
     "average_precision",
@@ -35,6 +33,5 @@ __all__ = [
     "image_metrics",
     "label_regions",
     "pixel_metrics",
-    "write_comparison",
     "write_table",
 ]

@@ -16,7 +16,7 @@ from torchmetrics.utilities import rank_zero_warn
 
 from anomalib_uniass.metrics.category_metrics import MEAN, CategoryMetrics
 from anomalib_uniass.metrics.functional import METRICS
-from anomalib_uniass.metrics.report import format_table, write_table
+from anomalib_uniass.metrics.table import format_table, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +39,12 @@ class CategoryMetricsCallback(Callback):
 
     Attributes:
         table: Result of the last test (`CategoryMetrics.compute`), None before.
+        precision_recall: Curves of its pixels (`CategoryMetrics.precision_recall`).
     """
 
     def __init__(self) -> None:
         self.table: dict[str, dict[str, float]] | None = None
+        self.precision_recall: dict[str, list[tuple[float, float]]] = {}
         self._metric: CategoryMetrics | None = None
         self._category_of_path: dict[str, str] = {}
         self._default_category = "all"
@@ -95,7 +97,7 @@ class CategoryMetricsCallback(Callback):
             gt_mask=batch.gt_mask,
             pred_score=pred_score.flatten(),
             gt_label=batch.gt_label.flatten(),
-            category=self._categories(batch),
+            category=self.categories_of(batch),
             image=None if batch.image_path is None else [str(path) for path in batch.image_path],
         )
 
@@ -105,13 +107,18 @@ class CategoryMetricsCallback(Callback):
         if metric is None:
             return
         map_size = metric.map_size
-        self.table = metric.compute()
+        self.table, self.precision_recall = metric.compute(), metric.precision_recall
         # Equal on all ranks; sync_dist only keeps Lightning from warning about it.
         pl_module.log_dict({f"mean_{key}": self.table[MEAN][key] for key in METRICS}, sync_dist=True)
         if trainer.is_global_zero:
-            self._report(trainer, type(pl_module).__name__, map_size)
+            self._save(trainer, type(pl_module).__name__, map_size)
 
-    def _categories(self, batch: Any) -> list[str]:
+    def categories_of(self, batch: Any) -> list[str]:
+        """Return the category of each image of a batch of the running test.
+
+        Raises:
+            ValueError: If an image is not in the datamodule's test set.
+        """
         if not self._category_of_path:
             return [self._default_category] * len(batch.gt_label)
         paths = [str(path) for path in batch.image_path]
@@ -121,7 +128,7 @@ class CategoryMetricsCallback(Callback):
             raise ValueError(msg)
         return [self._category_of_path[path] for path in paths]
 
-    def _report(self, trainer: Trainer, model: str, map_size: tuple[int, int] | None) -> None:
+    def _save(self, trainer: Trainer, model: str, map_size: tuple[int, int] | None) -> None:
         if self.table is None:
             return
         datamodule = getattr(trainer, "datamodule", None)

@@ -14,8 +14,8 @@ from torchmetrics.utilities import rank_zero_warn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from anomalib_uniass.distribution import of_all_processes
-from anomalib_uniass.metrics.compact import CompactMap, compact_metrics, compress
-from anomalib_uniass.metrics.functional import METRICS, PIXEL_METRICS, check_finite, image_metrics, pixel_metrics
+from anomalib_uniass.metrics.compact import CompactMap, compress, rank_compact
+from anomalib_uniass.metrics.functional import METRICS, PIXEL_METRICS, check_finite, image_metrics, rank_pixels
 
 MEAN = "mean"
 
@@ -39,6 +39,9 @@ class CategoryMetrics(Metric):
 
     Args:
         categories: All category names that `update` may bring, the same on every rank.
+
+    Attributes:
+        precision_recall: Points (recall, precision) of the pixels' curve by category, as of the last `compute`.
 
     Raises:
         ValueError: If `categories` is empty, has duplicates or contains the reserved name "mean".
@@ -73,6 +76,7 @@ class CategoryMetrics(Metric):
         if not categories or len(set(categories)) != len(categories) or MEAN in categories:
             msg = f"categories must be distinct names other than {MEAN!r}, at least one; got {list(categories)}"
             raise ValueError(msg)
+        self.precision_recall: dict[str, list[tuple[float, float]]] = {}
         # Names do not gather across ranks, ids do.
         self._ids = {name: index for index, name in enumerate(self.categories)}
         images = ("anomaly_map", "gt_mask", "pred_score", "gt_label", "category_id", "image_key")
@@ -229,10 +233,14 @@ class CategoryMetrics(Metric):
             return {**row, "n_images": 0, "n_anomalous": 0}
         label = _select(self.gt_label, chosen)
         row |= image_metrics(_select(self.pred_score, chosen), label)
+        ranking = None
         if compact_maps:
-            row |= compact_metrics(list(itertools.compress(compact_maps, torch.cat(chosen).tolist())))
+            ranking = rank_compact(list(itertools.compress(compact_maps, torch.cat(chosen).tolist())))
         elif _entries(self.anomaly_map):
-            row |= pixel_metrics(_select(self.anomaly_map, chosen), _select(self.gt_mask, chosen))
+            ranking = rank_pixels(_select(self.anomaly_map, chosen), _select(self.gt_mask, chosen))
+        if ranking is not None:
+            row |= ranking.metrics()
+            self.precision_recall[self.categories[index]] = ranking.precision_recall()
         return {**row, "n_images": n_images, "n_anomalous": int(label.sum())}
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anomalib_uniass.metrics.functional import check_finite, label_regions, metrics_of, ranked_curve
+from anomalib_uniass.metrics.functional import PixelRanking, check_finite, label_regions, ranked_curve
 
 _SHIFT = 13
 """Bits of a float32 that a bin leaves out: 10 of its mantissa stay, so that a bin is 0.05 to 0.1 % wide."""
@@ -54,8 +54,8 @@ def compress(anomaly_map: Tensor, gt_mask: Tensor) -> CompactMap:
     )
 
 
-def compact_metrics(maps: Sequence[CompactMap]) -> dict[str, float]:
-    """Return all pixel metrics of the images of a category, see :func:`~.functional.pixel_metrics`."""
+def rank_compact(maps: Sequence[CompactMap]) -> PixelRanking:
+    """Rank the pixels of the images of a category, see :func:`~.functional.rank_pixels`."""
     bins, where = torch.cat([image.bins for image in maps]).unique(return_inverse=True)
     counts = torch.zeros(len(bins), dtype=torch.float64)
     counts.index_add_(0, where, torch.cat([image.counts for image in maps]).double())
@@ -64,7 +64,7 @@ def compact_metrics(maps: Sequence[CompactMap]) -> dict[str, float]:
         partial(_at_least, bins, counts),
         num_negatives=int(counts.sum()),
     )
-    return metrics_of(curve, _regions(maps), partial(_dice, maps))
+    return PixelRanking(curve, _regions(maps), partial(_dice, maps))
 
 
 def _regions(maps: Sequence[CompactMap]) -> Tensor:

@@ -223,15 +223,41 @@ def aupro(curve: BinaryCurve, regions: Tensor, fpr_limit: float = 0.3) -> float:
     return float(torch.trapezoid(pro, fpr)) / fpr_limit
 
 
-def pixel_metrics(anomaly_map: Tensor, gt_mask: Tensor) -> dict[str, float]:
-    """All pixel metrics of one category from one sort of its pixels.
+class PixelRanking(NamedTuple):
+    """The pixels of a category from the highest score to the lowest, for all that is computed of them.
+
+    Attributes:
+        curve: Ranking of the pixels.
+        regions: As of :func:`aupro`.
+        dice: Returns the mean Dice coefficient of the images at a threshold.
+    """
+
+    curve: BinaryCurve
+    regions: Tensor
+    dice: Callable[[float], float]
+
+    def metrics(self) -> dict[str, float]:
+        """Return `PIXEL_METRICS` by name, in [0, 1]; NaN where there is no anomalous (all) or no normal pixel."""
+        dsc = self.dice(dice_threshold(self.curve)) if self.curve.num_positives else math.nan
+        areas = average_precision(self.curve), dsc, f1_max(self.curve), aupro(self.curve, self.regions)
+        return dict(zip(PIXEL_METRICS, (*areas, auroc(self.curve)), strict=True))
+
+    def precision_recall(self) -> list[tuple[float, float]]:
+        """Return points (recall, precision) to draw, a hundred at most; none without anomalous pixels."""
+        if not self.curve.num_positives:
+            return []
+        recall = self.curve.true_positives / self.curve.num_positives
+        drawn = torch.searchsorted(recall, torch.linspace(0, 1, 100, dtype=recall.dtype)).clamp_max(len(recall) - 1)
+        drawn = drawn.unique()
+        return list(zip(recall[drawn].tolist(), _precision(self.curve)[drawn].tolist(), strict=True))
+
+
+def rank_pixels(anomaly_map: Tensor, gt_mask: Tensor) -> PixelRanking:
+    """Rank the pixels of one category, in one sort.
 
     Args:
         anomaly_map: (N, H, W) raw scores on the CPU, floating point.
         gt_mask: (N, H, W) bool masks.
-
-    Returns:
-        `PIXEL_METRICS` by name, in [0, 1]. NaN where there is no anomalous (all) or no normal (AUROC, AUPRO) pixel.
 
     Raises:
         ValueError: If the inputs are not (N, H, W) or for the reasons of `binary_curve`.
@@ -240,20 +266,12 @@ def pixel_metrics(anomaly_map: Tensor, gt_mask: Tensor) -> dict[str, float]:
         msg = f"anomaly_map must have shape (N, H, W), got {tuple(anomaly_map.shape)}"
         raise ValueError(msg)
     curve = binary_curve(anomaly_map, gt_mask)
-    return metrics_of(curve, label_regions(gt_mask) - 1, partial(dice_score, anomaly_map, gt_mask))
+    return PixelRanking(curve, label_regions(gt_mask) - 1, partial(dice_score, anomaly_map, gt_mask))
 
 
-def metrics_of(curve: BinaryCurve, regions: Tensor, dice: Callable[[float], float]) -> dict[str, float]:
-    """Return all pixel metrics of a ranking, see :func:`pixel_metrics`.
-
-    Args:
-        curve: Ranking of the category's pixels.
-        regions: As of :func:`aupro`.
-        dice: Returns the mean Dice coefficient of the images at a threshold.
-    """
-    dsc = dice(dice_threshold(curve)) if curve.num_positives else math.nan
-    values = (average_precision(curve), dsc, f1_max(curve), aupro(curve, regions), auroc(curve))
-    return dict(zip(PIXEL_METRICS, values, strict=True))
+def pixel_metrics(anomaly_map: Tensor, gt_mask: Tensor) -> dict[str, float]:
+    """All pixel metrics of one category, see :func:`rank_pixels` and :meth:`PixelRanking.metrics`."""
+    return rank_pixels(anomaly_map, gt_mask).metrics()
 
 
 def image_metrics(pred_score: Tensor, gt_label: Tensor) -> dict[str, float]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import cv2
-import numpy as np
 import torch
 from anomalib.data import ImageBatch
 from anomalib.post_processing import PostProcessor
@@ -22,6 +21,7 @@ from anomalib_uniass.data.images import is_misread
 from anomalib_uniass.distribution import of_all_processes
 from anomalib_uniass.files import replacing
 from anomalib_uniass.prediction.names import current_datasets, given_folder, name_below
+from anomalib_uniass.thresholds.decisions import decision_thresholds
 from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class PredictionTable(Callback):
         if outputs.image_path is None or outputs.pred_score is None:
             return
         post_processor = cast("PostProcessor | None", pl_module.post_processor)
-        thresholds = _thresholds(post_processor)
+        thresholds = decision_thresholds(post_processor)
         scores = outputs.pred_score.flatten().cpu()
         numbers = scores.to(torch.promote_types(scores.dtype, torch.float32)).numpy()  # NumPy has no bfloat16
         categories = self._categories(post_processor, outputs)
@@ -123,24 +123,6 @@ class PredictionTable(Callback):
         if isinstance(post_processor, CategoryThresholdPostProcessor):
             return [category or "" for category in post_processor.categories_of(batch)]
         return [self._category_of_path.get(str(path), "") for path in cast("list[str]", batch.image_path)]
-
-
-class _Thresholds(NamedTuple):
-    """Thresholds of normalised scores and maps, None where there is none."""
-
-    image: np.float32 | None
-    mask: np.float32 | None
-
-
-def _thresholds(post_processor: PostProcessor | None) -> _Thresholds:
-    """Return the thresholds that labels and masks come from."""
-    if post_processor is None or not post_processor.enable_thresholding:
-        return _Thresholds(None, None)
-    normalized = (post_processor.normalized_image_threshold, post_processor.normalized_pixel_threshold)
-    raw = (post_processor.image_threshold, post_processor.pixel_threshold)
-    return _Thresholds(
-        *(None if own.isnan() else np.float32(value.item()) for own, value in zip(raw, normalized, strict=True))
-    )
 
 
 def _regions(mask: Tensor, size: tuple[int, int]) -> list[list[int]]:

@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from anomalib_uniass.metrics import CategoryMetrics, category_metrics, pixel_metrics
-from anomalib_uniass.metrics.compact import compact_metrics, compress
+from anomalib_uniass.metrics.compact import compress, rank_compact
 
 
 def photographs(seed: int, count: int = 6, side: int = 160) -> tuple[Tensor, Tensor]:
@@ -25,11 +25,11 @@ def photographs(seed: int, count: int = 6, side: int = 160) -> tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize("change", [lambda x: x, lambda x: x.log(), lambda x: 1000 * x - 0.5], ids=["", "log", "sign"])
-def test_compact_metrics_are_the_exact_ones(change: object) -> None:
+def test_rank_compact_are_the_exact_ones(change: object) -> None:
     maps, masks = photographs(0)
     maps = change(maps)  # type: ignore[operator]
     exact = pixel_metrics(maps, masks)
-    compact = compact_metrics(list(map(compress, maps, masks)))
+    compact = rank_compact(list(map(compress, maps, masks))).metrics()
     assert compact == pytest.approx(exact, abs=1e-3)  # of 6 small maps; what is highest of many counts is noise
     for name in ("pixel_AP", "pixel_AUROC", "AUPRO"):
         assert compact[name] == pytest.approx(exact[name], abs=1e-4)
@@ -43,9 +43,9 @@ def test_a_photograph_takes_little() -> None:
 
 def test_without_defects_and_without_good_pixels() -> None:
     good = [compress(torch.rand(4, 5), torch.zeros(4, 5, dtype=torch.bool))]
-    assert all(np.isnan(value) for value in compact_metrics(good).values())
+    assert all(np.isnan(value) for value in rank_compact(good).metrics().values())
     bad = [compress(torch.rand(4, 5), torch.ones(4, 5, dtype=torch.bool))]
-    assert compact_metrics(bad)["pixel_AP"] == 1 and np.isnan(compact_metrics(bad)["AUPRO"])
+    assert rank_compact(bad).metrics()["pixel_AP"] == 1 and np.isnan(rank_compact(bad).metrics()["AUPRO"])
 
 
 def test_too_many_pixels_are_made_compact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,5 +81,5 @@ def test_order_of_scores_across_zero() -> None:
     values = [-1e30, -2.0, -1e-30, 0.0, 1e-30, 1.5, 3e38]
     for low, high in pairwise(values):
         maps = torch.tensor([[low, high]])
-        assert compact_metrics([compress(maps, maps == high)])["pixel_AUROC"] == pytest.approx(1)
-        assert compact_metrics([compress(maps, maps == low)])["pixel_AUROC"] == pytest.approx(0)
+        assert rank_compact([compress(maps, maps == high)]).metrics()["pixel_AUROC"] == pytest.approx(1)
+        assert rank_compact([compress(maps, maps == low)]).metrics()["pixel_AUROC"] == pytest.approx(0)

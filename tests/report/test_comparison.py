@@ -14,8 +14,9 @@ from lightning.pytorch import LightningModule
 from PIL import Image
 from rich.console import Console
 
-from anomalib_uniass.metrics import CategoryMetricsCallback, ComparisonCallback, format_table, write_comparison
+from anomalib_uniass.metrics import CategoryMetricsCallback, format_table
 from anomalib_uniass.metrics.functional import METRICS
+from anomalib_uniass.report.comparison import ComparisonCallback, write_comparison
 
 
 class Small(LightningModule):
@@ -112,7 +113,7 @@ def test_plot_has_bars_of_every_model(tmp_path: Path) -> None:
     one = Image.open(tmp_path / "pixel_AP.png").convert("RGB")
     compare(tmp_path, Other(), bolt=math.nan, cap=0.5, nut=0.1)
     two = Image.open(tmp_path / "pixel_AP.png").convert("RGB")
-    blue, orange = (31, 119, 180), (255, 127, 14)
+    blue, orange = (59, 130, 208), (224, 102, 58)
     colors = [{color: count for count, color in image.getcolors(1 << 24)} for image in (one, two)]
     assert orange not in colors[0]
     assert min(colors[0][blue], colors[1][blue], colors[1][orange]) > 1000

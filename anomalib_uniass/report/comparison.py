@@ -13,12 +13,15 @@ from typing import Any
 
 import pandas as pd
 from lightning.pytorch import Callback, LightningModule, Trainer
-from matplotlib.figure import Figure
 
 from anomalib_uniass.files import replace_text, replacing
 from anomalib_uniass.metrics.callback import CategoryMetricsCallback
-from anomalib_uniass.metrics.category_metrics import COUNTS
+from anomalib_uniass.metrics.category_metrics import COUNTS, MEAN
 from anomalib_uniass.metrics.functional import METRICS
+from anomalib_uniass.report.callback import ReportCallback
+from anomalib_uniass.report.charts import bar_chart, comparison_chart
+from anomalib_uniass.report.gallery import KINDS
+from anomalib_uniass.report.page import HEADINGS, PICTURE_BYTES, versions, worst_first, write_page
 
 COSTS = ("parameters", "trainable_parameters", "fit_seconds", "test_seconds")
 
@@ -28,9 +31,9 @@ class ComparisonCallback(Callback):
 
     A model's figures are kept in ``models/<class>-<code of its settings>.json``, written at the end of its test and
     replaced when the same class is tested again with the same settings. From these files, in the order of their tests,
-    the comparison is made anew each time: ``table.csv``, ``table.md``, ``per_category.csv`` and ``pixel_AP.png`` (see
-    :func:`write_comparison`). Whatever happens to a later model, the rows of earlier ones stay: a file is replaced in
-    one step or left as it was.
+    the comparison is made anew each time: ``table.csv``, ``table.md``, ``per_category.csv``, ``pixel_AP.png`` and
+    ``report.html`` (see :func:`write_comparison`). Whatever happens to a later model, the rows of earlier ones stay: a
+    file is replaced in one step or left as it was.
 
     Args:
         directory: Folder of the comparison, one for each dataset; made before the first epoch if needed.
@@ -70,6 +73,7 @@ class ComparisonCallback(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the model's figures and the comparison."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connectors
+        findings = [callback.findings for callback in callbacks if isinstance(callback, ReportCallback)]
         tables = [callback.table for callback in callbacks if isinstance(callback, CategoryMetricsCallback)]
         if not trainer.is_global_zero or not tables or tables[0] is None:
             return
@@ -85,6 +89,7 @@ class ComparisonCallback(Callback):
                 row: {key: None if math.isnan(value) else value for key, value in values.items()}
                 for row, values in tables[0].items()
             },
+            "findings": findings[0] if findings else {},
         }
         path = self.directory / "models" / f"{name}-{zlib.crc32(settings.encode()):08x}.json"
         replace_text(path, json.dumps(figures, indent=2, allow_nan=False) + "\n")
@@ -92,13 +97,14 @@ class ComparisonCallback(Callback):
 
 
 def write_comparison(directory: Path | str) -> None:
-    """Make the tables and the plot of a comparison from its files ``models/*.json``.
+    """Make the tables, the plot and the page of a comparison from its files ``models/*.json``.
 
     ``table.csv`` has a row per model: the means of the metrics in [0, 1]; ``parameters`` (a memory bank is none) and
     those that the optimizer was given; seconds of fitting (empty for a model that was only tested) and of testing,
     reading and scoring included; number of test images; and the settings that differ from the class's defaults. A class
     with several settings is numbered in the order of the tests. ``table.md`` is the same in percent, for reading,
     ``per_category.csv`` the same metrics per model and category, ``pixel_AP.png`` a plot of its pixel AP.
+    ``report.html`` shows all of it, and for each category scores, curves and pictures of the models side by side.
 
     Args:
         directory: Folder of the comparison.
@@ -109,10 +115,13 @@ def write_comparison(directory: Path | str) -> None:
     """
     directory = Path(directory)
     models = sorted(map(_read_figures, (directory / "models").glob("*.json")), key=lambda model: model["tested"])
-    means, categories, seen = [], [], Counter[str]()
+    named, seen = {}, Counter[str]()
     for figures in models:
         seen[figures["model"]] += 1
         name = figures["model"] + (f" {seen[figures['model']]}" if seen[figures["model"]] > 1 else "")
+        named[name] = figures
+    means, categories = [], []
+    for name, figures in named.items():
         *rows, (_, mean) = figures["table"].items()
         costs = {key: figures[key] for key in COSTS}
         means.append({"model": name, **mean, **costs, "settings": figures["settings"]})
@@ -126,8 +135,54 @@ def write_comparison(directory: Path | str) -> None:
     per_category = pd.DataFrame(categories)[["model", "category", *COUNTS, *METRICS]]
     with replacing(directory / "per_category.csv") as draft:
         per_category.to_csv(draft, index=False)
+    pixel_ap: dict[str, dict[str, float]] = {name: {} for name in named}
+    for row in per_category.astype({"pixel_AP": float}).to_dict("records"):
+        pixel_ap[row["model"]][row["category"]] = 100 * row["pixel_AP"]
     with replacing(directory / "pixel_AP.png") as draft:
-        _plot(per_category).savefig(draft, dpi=150)
+        bars = bar_chart(pixel_ap, label="pixel AP [%]", png=draft)
+    _write_page(directory / "report.html", named, bars)
+
+
+def _write_page(path: Path, models: dict[str, dict[str, Any]], bars: str) -> None:
+    """Write the page of a comparison; models that were tested without pages have figures there alone."""
+    rows: dict[str, dict[str, dict[str, float | None]]] = {}
+    for name, model in models.items():
+        for category, row in model["table"].items():
+            if category != MEAN:
+                rows.setdefault(category, {})[name] = row
+    categories: dict[str, dict[str, Any]] = {}
+    for category, of_models in rows.items():
+        found = {name: models[name].get("findings", {}).get(category) for name in of_models}
+        drawn = {name: part for name, part in found.items() if part is not None}
+        pictures = {
+            kind: {name: part["pictures"][kind][0] for name, part in drawn.items() if kind in part["pictures"]}
+            for kind in KINDS
+        }
+        categories[category] = {
+            "rows": of_models,
+            "chart": comparison_chart(drawn, name=category) if drawn else "",
+            "pictures": {kind: one for kind, one in pictures.items() if one},
+        }
+    spent = left_out = 0
+    for category in worst_first({name: next(iter(of_models.values()))["pixel_AP"] for name, of_models in rows.items()}):
+        shown = categories[category]["pictures"].values()
+        spent += sum(len(one["source"]) for pictures in shown for one in pictures.values())
+        if spent > PICTURE_BYTES and shown:
+            categories[category]["pictures"] = {}
+            left_out += 1
+    write_page(
+        path,
+        "comparison",
+        title=f"Comparison of {len(models)} models",
+        subtitle=f"Folder {path.parent.name}, {len(categories)} categories",
+        models={name: model | {"mean": model["table"][MEAN]} for name, model in models.items()},
+        metrics=METRICS,
+        bars=bars,
+        categories=categories,
+        left_out=left_out,
+        headings=HEADINGS,
+        facts={name: model["settings"] or "defaults" for name, model in models.items()} | versions(),
+    )
 
 
 def _read_figures(path: Path) -> dict[str, Any]:
@@ -165,19 +220,3 @@ def _markdown(table: pd.DataFrame) -> str:
         lines.append([row["model"], *metrics, f"{everything} ({trainable})", *seconds])
     settings = [f"- {row['model']}: {row['settings'] or 'defaults'}" for row in table.to_dict("records")]
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", "Settings:", "", *settings]) + "\n"
-
-
-def _plot(per_category: pd.DataFrame) -> Figure:
-    """Draw the pixel AP of each category as bars grouped by model."""
-    wide = 100 * per_category.pivot(index="category", columns="model", values="pixel_AP").astype(float)
-    names = per_category["model"].unique()
-    figure = Figure(figsize=(4 + 0.15 * len(wide) * (len(names) + 1), 4), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        positions = [row + (i - (len(names) - 1) / 2) * width for row in range(len(wide))]
-        axes.bar(positions, wide[name], width, label=name)
-    axes.set_xticks(range(len(wide)), wide.index, rotation=45, ha="right", parse_math=False)  # names may have a $
-    axes.set_ylabel("pixel AP [%]")
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    return figure
