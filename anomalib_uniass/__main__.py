@@ -2,7 +2,8 @@
 """anomalib's own command line with this plugin loaded, for environments where the start-up hook is off.
 
 ``anomalib-uniass train ...`` and ``python -m anomalib_uniass train ...`` take the arguments of ``anomalib train ...``.
-``benchmark`` builds all entries of its file before it trains the first. Importing this module imports the package,
+``benchmark`` builds all entries of its file before it trains the first, and ``validate-export`` compares exported
+models with their checkpoint (:mod:`anomalib_uniass.validate_export`). Importing this module imports the package,
 which registers its classes.
 """
 
@@ -11,6 +12,7 @@ import sys
 
 from anomalib.cli import cli
 
+from anomalib_uniass import validate_export
 from anomalib_uniass.benchmark import check_entries
 
 
@@ -18,8 +20,11 @@ def main() -> None:
     """Run anomalib's command line.
 
     Raises:
-        SystemExit: If an entry of a benchmark's file cannot be built, or for anomalib's reasons.
+        SystemExit: If an entry of a benchmark's file cannot be built, at the end of ``validate-export``, or for
+            anomalib's reasons.
     """
+    if sys.argv[1:2] == ["validate-export"]:
+        sys.exit(validate_export.main(sys.argv[2:]))
     if sys.argv[1:2] == ["benchmark"]:
         parser = argparse.ArgumentParser(add_help=False)
         parser.add_argument("--config")

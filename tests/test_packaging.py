@@ -111,7 +111,7 @@ ALLOWED = {
     "models.uniad.torch_model": PLAIN,
     "acceleration": ("acceleration", "layers", "models.unias"),
     "thresholds": ("thresholds", "arguments", "distribution"),
-    "deploy": ("deploy", "layers", "thresholds", "files"),
+    "deploy": ("deploy", "layers", "thresholds", "files", "metrics", "report"),
     "metrics": ("metrics", "files", "distribution"),
     "report": ("report", "metrics", "thresholds", "files", "distribution"),
     "data": ("data", "metrics", "report", "files", "arguments"),

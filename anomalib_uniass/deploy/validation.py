@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does an exported model say what its checkpoint says, on this machine and these images, and how fast?"""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from anomalib.data import AnomalibDataModule
+from anomalib.models.components import AnomalibModule
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_uniass.deploy.export import THRESHOLDS, exported_thresholds
+from anomalib_uniass.files import replace_text
+from anomalib_uniass.metrics import CategoryMetrics
+from anomalib_uniass.metrics.category_metrics import MEAN
+from anomalib_uniass.metrics.functional import METRICS
+from anomalib_uniass.report.charts import bar_chart
+from anomalib_uniass.report.page import versions, write_page
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+CHECKPOINT = "checkpoint (PyTorch)"
+
+DEFAULT_PRECISION = "default"
+"""Leaves the precision to OpenVINO, which takes bfloat16 where the processor has it."""
+
+WARM_UP = 3
+"""Images whose times do not count."""
+
+MOST_NAMED = 100
+"""Images of another decision that the page names."""
+
+
+class Outputs(NamedTuple):
+    """What a deployed model gives: a map ``(h, w)`` and a score, both normalised to [0, 1]."""
+
+    anomaly_map: npt.NDArray[np.float32]
+    score: float
+
+
+Predict = Callable[[Tensor], Outputs]
+"""From an image ``(3, H, W)`` in [0, 1]."""
+
+
+class Tolerance(NamedTuple):
+    """What an exported model may differ by from its checkpoint.
+
+    Attributes:
+        metric_drop: Points that the mean of a metric may be lower by.
+        decisions: Share of the images that may be decided otherwise.
+        difference: Largest difference of a score or a map's pixel, None for any.
+    """
+
+    metric_drop: float = 1.0
+    decisions: float = 0.01
+    difference: float | None = None
+
+
+class Decision(NamedTuple):
+    """An image that an exported model decides otherwise than the checkpoint."""
+
+    path: str
+    is_defective: bool
+    checkpoint: float
+    exported: float
+    threshold: float
+
+
+@dataclass
+class Findings:
+    """What is measured of a model.
+
+    Attributes:
+        table: Metrics by category, and their mean.
+        seconds: Time of each image.
+        largest_difference: Of a score or a map's pixel from the checkpoint's.
+        decisions: Images decided otherwise than by the checkpoint; None without thresholds.
+    """
+
+    table: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    largest_difference: float = 0.0
+    decisions: list[Decision] | None = None
+
+    def milliseconds(self, percentile: float) -> float:
+        """Return a percentile of the times, those of the first images aside."""
+        return 1000 * float(np.percentile(self.seconds[WARM_UP:] or self.seconds, percentile))
+
+    def problems(self, reference: "Findings", tolerance: Tolerance) -> list[str]:
+        """Say what exceeds a tolerance."""
+        found = []
+        for key in METRICS:
+            drop = 100 * (reference.table[MEAN][key] - self.table[MEAN][key])
+            if drop > tolerance.metric_drop:
+                found.append(f"{key} is lower by {drop:.2f} points, allowed are {tolerance.metric_drop:g}")
+        share = len(self.decisions or ()) / len(self.seconds)
+        if share > tolerance.decisions:
+            found.append(f"{100 * share:.1f} % of the decisions differ, allowed are {100 * tolerance.decisions:g} %")
+        if tolerance.difference is not None and self.largest_difference > tolerance.difference:
+            found.append(f"outputs differ by {self.largest_difference:.2g}, allowed are {tolerance.difference:g}")
+        return found
+
+
+def compile_openvino(path: Path, precision: str, device: str) -> "ov.CompiledModel":
+    """Compile an exported model, OpenVINO's or ONNX, for one image at a time.
+
+    Args:
+        path: ``model.xml`` or ``model.onnx``.
+        precision: ``f32``, ``bf16``, ``f16``, or :data:`DEFAULT_PRECISION`.
+        device: Device of OpenVINO, such as ``CPU`` or ``GPU``.
+
+    Raises:
+        ValueError: If the file is none that OpenVINO reads.
+    """
+    import openvino as ov
+
+    config = {"PERFORMANCE_HINT": "LATENCY"}
+    if precision != DEFAULT_PRECISION:
+        config["INFERENCE_PRECISION_HINT"] = precision
+    try:
+        return ov.Core().compile_model(path, device, config)
+    except RuntimeError as error:
+        msg = f"OpenVINO cannot load {path} on {device} in precision {precision}: {error}"
+        raise ValueError(msg) from error
+
+
+def exported_model(path: Path, precision: str, device: str) -> Predict:
+    """Return inference by an exported model; arguments as of :func:`compile_openvino`."""
+    compiled = compile_openvino(path, precision, device)
+
+    def predict(image: Tensor) -> Outputs:
+        try:
+            outputs = compiled(image[None].numpy())
+        except RuntimeError as error:
+            shape = compiled.input(0).partial_shape
+            msg = f"{path} takes images {shape}, got one of {tuple(image[None].shape)}; export it for any size."
+            raise ValueError(msg) from error
+        anomaly_map = outputs["anomaly_map"]
+        return Outputs(anomaly_map.reshape(anomaly_map.shape[-2:]).copy(), float(outputs["pred_score"].item()))
+
+    return predict
+
+
+def checkpoint_model(model: AnomalibModule) -> Predict:
+    """Return inference by the trained model itself, pre-processing and post-processing included."""
+    model.eval()
+
+    @torch.no_grad()
+    def predict(image: Tensor) -> Outputs:
+        outputs = model(image[None].to(model.device))
+        anomaly_map = outputs.anomaly_map.reshape(outputs.anomaly_map.shape[-2:])
+        return Outputs(anomaly_map.float().cpu().numpy(), float(outputs.pred_score))
+
+    return predict
+
+
+def compare(
+    model: AnomalibModule,
+    datamodule: AnomalibDataModule,
+    exported: Sequence[Path],
+    *,
+    precisions: Sequence[str],
+    device: str = "CPU",
+) -> dict[str, Findings]:
+    """Run every test image through a checkpoint and its exports, in turns.
+
+    Args:
+        model: The trained model.
+        datamodule: Data whose test images keep their own size.
+        exported: Files ``model.xml`` and ``model.onnx``.
+        precisions: Precisions to run each in.
+        device: Device of OpenVINO.
+
+    Returns:
+        Findings by model, those of the checkpoint first, under :data:`CHECKPOINT`.
+
+    Raises:
+        ValueError: If a file cannot be read, or takes images of another size.
+    """
+    predicts = {CHECKPOINT: checkpoint_model(model)}
+    own = exported_thresholds(model.post_processor)
+    thresholds: dict[str, Any] = {CHECKPOINT: None if own is None else json.loads(own)}
+    for path in exported:
+        for precision in precisions:
+            name = f"{path.as_posix()} ({precision})"
+            predicts[name] = exported_model(path, precision, device)
+            file = path.with_name(f"{THRESHOLDS}.json")
+            thresholds[name] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    datamodule.setup("test")
+    samples = datamodule.test_data.samples
+    found = {name: Findings(decisions=None if thresholds[CHECKPOINT] is None else []) for name in predicts}
+    metrics = {name: CategoryMetrics(sorted(set(samples["category"]))) for name in predicts}
+    for index, category in enumerate(samples["category"]):
+        item: Any = datamodule.test_data[index]
+        outputs: dict[str, Outputs] = {}
+        for name, predict in predicts.items():
+            start = time.perf_counter()
+            outputs[name] = predict(cast("Tensor", item.image))
+            found[name].seconds.append(time.perf_counter() - start)
+            metrics[name].update(*_scored(outputs[name], item), [category])
+        reference = outputs[CHECKPOINT]
+        for name, output in outputs.items():
+            found[name].largest_difference = max(
+                found[name].largest_difference,
+                float(np.abs(output.anomaly_map - reference.anomaly_map).max()),
+                abs(output.score - reference.score),
+            )
+            limits = [_threshold(thresholds[one], category) for one in (CHECKPOINT, name)]
+            decisions = found[name].decisions
+            if decisions is not None and (reference.score > limits[0]) != (output.score > limits[1]):
+                label = bool(item.gt_label)
+                decisions.append(Decision(str(item.image_path), label, reference.score, output.score, limits[1]))
+    for name, metric in metrics.items():
+        found[name].table = metric.compute()
+    return found
+
+
+def _scored(output: Outputs, item: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Return map, mask, score and label of an image as batches of one."""
+    anomaly_map = torch.from_numpy(output.anomaly_map)[None]
+    mask = item.gt_mask
+    if mask is not None:
+        mask = F.interpolate(mask.reshape(1, 1, *mask.shape[-2:]).float(), anomaly_map.shape[-2:], mode="nearest")[0]
+    return anomaly_map, mask, torch.tensor([output.score]), torch.as_tensor(item.gt_label).reshape(1)
+
+
+def _threshold(thresholds: Mapping[str, Any] | None, category: str) -> float:
+    """Return the threshold of scores of a category; without one of its own the graph's, which is 0.5."""
+    return 0.5 if thresholds is None else float(thresholds["image"].get(category, 0.5))
+
+
+def write(folder: Path, found: Mapping[str, Findings], tolerance: Tolerance, facts: Mapping[str, str]) -> list[str]:
+    """Write ``validation.json`` and ``report.html``.
+
+    Args:
+        folder: Folder of both, made if needed.
+        found: Results of :func:`compare`.
+        tolerance: What may differ.
+        facts: What the page says of machine and files.
+
+    Returns:
+        What exceeds the tolerance, a line each.
+
+    Raises:
+        OSError: If a file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    reference = found[CHECKPOINT]
+    problems = {name: findings.problems(reference, tolerance) for name, findings in found.items()}
+    rows = {
+        name: {
+            "metrics": {key: None if value != value else value for key, value in findings.table[MEAN].items()},
+            "largest_difference": findings.largest_difference,
+            "other_decisions": None if findings.decisions is None else len(findings.decisions),
+            "median_ms": findings.milliseconds(50),
+            "p95_ms": findings.milliseconds(95),
+            "problems": problems[name],
+        }
+        for name, findings in found.items()
+    }
+    facts = dict(facts) | versions()
+    content = {"images": len(reference.seconds), "tolerance": tolerance._asdict(), "models": rows, "facts": facts}
+    replace_text(folder / "validation.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+    pixel_ap: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, findings in found.items():
+        for category, row in findings.table.items():
+            pixel_ap[name][category] = 100 * row["pixel_AP"]
+    write_page(
+        folder / "report.html",
+        "validation",
+        title="Exported model beside its checkpoint",
+        subtitle=f"{len(reference.seconds)} test images, one at a time",
+        metrics=METRICS,
+        rows=rows,
+        chart=bar_chart(pixel_ap, label="pixel AP [%]"),
+        decisions={name: (findings.decisions or [])[:MOST_NAMED] for name, findings in found.items()},
+        facts=facts,
+    )
+    return [f"{name}: {problem}" for name, listed in problems.items() for problem in listed]

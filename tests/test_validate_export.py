@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``anomalib-uniass validate-export`` on good exports, on wrong ones, and on what it cannot compare."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from anomalib.engine import Engine
+
+from anomalib_uniass import UniAS, Unified
+from anomalib_uniass.__main__ import main as command
+from anomalib_uniass.deploy.validation import Decision, Findings, Tolerance
+from anomalib_uniass.metrics.functional import METRICS
+from anomalib_uniass.validate_export import main
+from tests.helpers.datasets import make_mvtec_layout
+
+SMALL: dict[str, Any] = {
+    "backbone": "resnet18",
+    "pre_trained": False,
+    "image_size": (128, 128),
+    "hidden_dim": 32,
+    "feedforward_dim": 32,
+    "channel_branch": False,
+    "visualizer": False,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train two models and export both to OpenVINO, the first to ONNX, too."""
+    folder = tmp_path_factory.mktemp("exports")
+    make_mvtec_layout(folder / "DIR", ["bolt", "cap"], (90, 70), train=8, good=3, defective=3)
+    for seed in (0, 1):
+        model = UniAS(**SMALL, seed=seed)
+        engine = Engine(default_root_dir=folder / "runs", accelerator="cpu", max_epochs=1, logger=False)
+        data = Unified(root=folder / "DIR", train_batch_size=4, eval_batch_size=4, num_workers=0)
+        engine.fit(model, datamodule=data)
+        engine.trainer.save_checkpoint(folder / f"{seed}.ckpt")
+        model.to_openvino(folder / str(seed))
+        if not seed:
+            model.to_onnx(folder / "onnx")
+    return folder
+
+
+def openvino(folder: Path, seed: int) -> Path:
+    return folder / str(seed) / "weights" / "openvino" / "model.xml"
+
+
+def validate(folder: Path, out: Path, *exported: Path, options: tuple[str, ...] = ()) -> tuple[int, dict[str, Any]]:
+    words = [str(folder / "0.ckpt"), *map(str, exported), "--data", str(folder / "DIR"), "--out", str(out), *options]
+    return main(words), json.loads((out / "validation.json").read_text())
+
+
+def test_good_exports_agree_with_their_checkpoint(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx = trained / "onnx" / "weights" / "onnx" / "model.onnx"
+    strict = ("--precision", "f32", "--difference", "1e-4")
+    code, found = validate(trained, tmp_path, openvino(trained, 0), onnx, options=strict)
+    assert code == 0
+    assert found["images"] == 12
+    assert len(found["models"]) == 3
+    for model in found["models"].values():
+        assert model["problems"] == []
+        assert model["other_decisions"] == 0
+        assert model["largest_difference"] < 1e-4
+        assert 0 < model["median_ms"] <= model["p95_ms"]
+        assert set(model["metrics"]) >= set(METRICS)
+    assert found["facts"]["processor"]
+    assert "All 2 agree" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('class="pass"') == 3
+    assert "<script" not in page
+
+
+def test_metrics_are_those_of_the_deployed_maps(trained: Path, tmp_path: Path) -> None:
+    """Beside a loop of its own over the test images."""
+    _, found = validate(trained, tmp_path, openvino(trained, 0), options=("--precision", "f32"))
+    model = UniAS.load_from_checkpoint(trained / "0.ckpt", visualizer=False).eval()
+    data = Unified(root=trained / "DIR", num_workers=0)
+    data.setup()
+    right, pairs = 0.0, 0
+    for category in ("bolt", "cap"):
+        items = [item for item in data.test_data if f"/{category}/" in item.image_path]
+        with torch.no_grad():
+            scores = [(float(model(item.image[None]).pred_score), bool(item.gt_label)) for item in items]
+        bad, good = ([score for score, label in scores if label is wanted] for wanted in (True, False))
+        right += sum((b > g) + 0.5 * (b == g) for b in bad for g in good)
+        pairs += len(bad) * len(good)
+    (checkpoint, *_) = found["models"].values()
+    assert checkpoint["metrics"]["image_AUROC"] == pytest.approx(right / pairs, abs=1e-6)
+
+
+def test_an_export_of_other_weights_fails(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--precision", "f32", "--difference", "1e-4")
+    code, found = validate(trained, tmp_path, openvino(trained, 1), options=options)
+    assert code == 1
+    (_, wrong) = found["models"].values()
+    assert any("outputs differ" in problem for problem in wrong["problems"])
+    assert "FAILS" in capsys.readouterr().out
+    assert 'class="fail"' in (tmp_path / "report.html").read_text()
+
+
+def test_other_thresholds_beside_the_export_are_other_decisions(trained: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(openvino(trained, 0).parent, copy)
+    thresholds = json.loads((copy / "category_thresholds.json").read_text())
+    thresholds["image"]["cap"] = 0.999
+    (copy / "category_thresholds.json").write_text(json.dumps(thresholds))
+    model = UniAS.load_from_checkpoint(trained / "0.ckpt", visualizer=False).eval()
+    data = Unified(root=trained / "DIR", num_workers=0)
+    data.setup()
+    items = [item for item in data.test_data if "/cap/" in item.image_path]
+    own = model.post_processor.exported_thresholds()["image"]["cap"]
+    with torch.no_grad():
+        flagged = sum(float(model(item.image[None]).pred_score) > own for item in items)
+    assert flagged > 0, "the test needs an image that the checkpoint calls defective"
+    code, found = validate(trained, tmp_path / "out", copy / "model.xml", options=("--precision", "f32"))
+    assert code == 1
+    (_, other) = found["models"].values()
+    assert other["other_decisions"] == flagged
+    assert "of the decisions differ" in other["problems"][0]
+    assert "Decided otherwise by" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_without_thresholds_nothing_is_decided(trained: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(trained / "0.ckpt", weights_only=False)
+    model = UniAS(**SMALL)
+    weights = {
+        name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("post_processor.")
+    }
+    model.load_state_dict(weights, strict=False)
+    trainer = Engine(accelerator="cpu", max_epochs=1, limit_train_batches=0, limit_val_batches=0, logger=False)
+    trainer.fit(model, datamodule=Unified(root=trained / "DIR", num_workers=0))
+    trainer.trainer.save_checkpoint(tmp_path / "0.ckpt")
+    (tmp_path / "DIR").symlink_to(trained / "DIR")
+    path = model.to_openvino(tmp_path / "export")
+    code, found = validate(tmp_path, tmp_path / "out", path, options=("--precision", "f32"))
+    assert code == 0
+    assert {model["other_decisions"] for model in found["models"].values()} == {None}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["0.ckpt", "none.xml", "--data", "DIR"], "none.xml does not exist"),
+        (["0.ckpt", "0.ckpt", "--data", "DIR"], "OpenVINO cannot load"),
+        (["0.ckpt", "0/weights/openvino/model.xml", "--data", "DIR", "--precision", "i4"], "in precision i4"),
+        (["0.ckpt", "0/weights/openvino/model.xml", "--data", "DIR", "--device", "ABACUS"], "on ABACUS"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(
+    trained: Path,
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(trained)
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_export_for_another_size_is_said(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = UniAS.load_from_checkpoint(trained / "0.ckpt", visualizer=False)
+    path = model.to_openvino(tmp_path, input_size=(100, 100))
+    with pytest.raises(SystemExit):
+        validate(trained, tmp_path, path)
+    assert "export it for any size" in capsys.readouterr().err
+
+
+def test_the_command_ends_with_the_exit_code(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [str(trained / "0.ckpt"), str(openvino(trained, 1)), "--data", str(trained / "DIR"), "--out", str(tmp_path)]
+    options = ["--precision", "f32", "--difference", "1e-9"]
+    monkeypatch.setattr(sys, "argv", ["anomalib-uniass", "validate-export", *words, *options])
+    with pytest.raises(SystemExit) as ended:
+        command()
+    assert ended.value.code == 1
+
+
+# --- Tolerances ------------------------------------------------------------------------------------------------------
+
+
+def findings(metric: float, *, decisions: int | None = 0, difference: float = 0.0) -> Findings:
+    table = {"mean": dict.fromkeys(METRICS, metric)}
+    listed = None if decisions is None else [Decision("a.png", True, 0.6, 0.4, 0.5)] * decisions
+    return Findings(table, [0.1] * 100, difference, listed)
+
+
+@pytest.mark.parametrize(
+    ("found", "problems"),
+    [
+        (findings(0.5), 0),
+        (findings(0.4901), 0),
+        (findings(0.4899), len(METRICS)),
+        (findings(0.9), 0),
+        (findings(float("nan")), 0),
+        (findings(0.5, decisions=1), 0),
+        (findings(0.5, decisions=2), 1),
+        (findings(0.5, decisions=None), 0),
+        (findings(0.5, difference=0.02), 1),
+    ],
+)
+def test_tolerances_are_held_to(found: Findings, problems: int) -> None:
+    assert len(found.problems(findings(0.5), Tolerance(1.0, 0.01, 0.01))) == problems
+
+
+def test_first_images_do_not_count_in_the_times() -> None:
+    found = Findings(seconds=[9.0, 9.0, 9.0, *np.linspace(0.1, 0.2, 11)])
+    assert found.milliseconds(50) == pytest.approx(150)
+    assert found.milliseconds(95) == pytest.approx(195)
+    assert Findings(seconds=[0.5]).milliseconds(50) == 500
