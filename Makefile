@@ -8,7 +8,7 @@ SOURCES := pyproject.toml README.md LICENSE $(shell find anomalib_uniass autoloa
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint venv clean
+.PHONY: help demo test test-slow lint docs dist venv clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,7 +16,7 @@ help: ## Show the targets
 demo: $(INSTALLED) ## Train, test and export UniAS on images that packages ship, through the stock anomalib command
 	@$(BIN)/python benchmarks/demo.py
 
-test: lint ## Lint, type check and run the fast tests against the installed wheel (what CI runs)
+test: lint docs dist ## Lint, type check, build documentation and wheel, run the fast tests against it (what CI runs)
 	@$(BIN)/pytest -m "not slow and not gpu"
 
 test-slow: $(INSTALLED) ## Run the slow tests and those that need a GPU
@@ -26,6 +26,14 @@ lint: $(INSTALLED) ## Run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy anomalib_uniass autoload/_anomalib_uniass_autoload.py
+
+docs: $(INSTALLED) ## Build the documentation, with warnings as errors
+	@$(BIN)/sphinx-build -q -W --keep-going -c docs . $(VENV)/docs
+
+dist: $(INSTALLED) ## Build what would be uploaded, and check it
+	@rm -rf $(VENV)/dist
+	@$(BIN)/python -m build --no-isolation --outdir $(VENV)/dist . > $(VENV)/dist.log || { cat $(VENV)/dist.log; exit 1; }
+	@$(BIN)/twine check --strict $(VENV)/dist/*
 
 venv: $(INSTALLED) ## Create or refresh the virtual environment
 

@@ -111,10 +111,10 @@ ALLOWED = {
     "models.uniad.torch_model": PLAIN,
     "acceleration": ("acceleration", "layers", "models.unias"),
     "thresholds": ("thresholds", "arguments", "distribution"),
-    "deploy": ("deploy", "layers", "thresholds", "files", "metrics", "report"),
+    "deploy": ("deploy", "layers", "thresholds", "files", "logs", "metrics", "report"),
     "metrics": ("metrics", "files", "distribution"),
     "report": ("report", "metrics", "thresholds", "files", "distribution"),
-    "data": ("data", "metrics", "report", "files", "arguments"),
+    "data": ("data", "metrics", "report", "files", "logs", "arguments"),
     "prediction": ("prediction", "data", "thresholds", "distribution", "files"),
 }
 

@@ -21,7 +21,7 @@ from anomalib.data.utils import read_image as anomalib_read_image
 from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
-from PIL import Image
+from PIL import Image, ImageFont
 from scipy import ndimage
 from torch import distributed, multiprocessing
 from torch.utils.data import DataLoader
@@ -590,3 +590,9 @@ def test_a_model_keeps_nothing_of_a_prediction(trained: UniAS, twins: Path, tmp_
     assert trained.visualizer.output_dir is None
     callbacks = trained.configure_callbacks()
     assert isinstance(callbacks[-1], PredictionTable)
+
+
+def test_labels_of_a_picture_fit_on_its_panels() -> None:
+    """Panels are as wide as the model's images, 224 pixels by default; the label begins 10 pixels from the left."""
+    font = ImageFont.load_default(size=UniAS.configure_visualizer().text_config["size"])
+    assert 10 + font.getlength("Image + Anomaly Map") < 224

@@ -128,6 +128,7 @@ def test_other_thresholds_beside_the_export_are_other_decisions(trained: Path, t
     assert "Decided otherwise by" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_without_thresholds_nothing_is_decided(trained: Path, tmp_path: Path) -> None:
     checkpoint = torch.load(trained / "0.ckpt", weights_only=False)
     model = UniAS(**SMALL)
@@ -168,6 +169,7 @@ def test_what_cannot_be_compared_is_said(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_an_export_for_another_size_is_said(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = UniAS.load_from_checkpoint(trained / "0.ckpt", visualizer=False)
     path = model.to_openvino(tmp_path, input_size=(100, 100))

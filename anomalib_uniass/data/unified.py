@@ -32,6 +32,7 @@ from anomalib_uniass.data.sources import (
     present_categories,
     read_with,
 )
+from anomalib_uniass.logs import log_once
 from anomalib_uniass.metrics import CategoryMetricsCallback
 from anomalib_uniass.metrics.category_metrics import MEAN
 from anomalib_uniass.report.callback import ReportCallback
@@ -124,6 +125,7 @@ class Unified(AnomalibDataModule):
         comparison: Path | str | None = None,
         cache_images: bool = False,
     ) -> None:
+        log_once()
         check_choice("val_split_mode", val_split_mode, [mode.value for mode in ValSplitMode])
         if ValSplitMode(val_split_mode) == ValSplitMode.NONE:
             msg = (

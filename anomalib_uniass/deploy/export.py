@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from anomalib_uniass.files import replace_text
+from anomalib_uniass.logs import log_once
 from anomalib_uniass.thresholds.post_processor import (
     CategoryThresholdPostProcessor,
     has_thresholds,
@@ -202,6 +203,7 @@ def complete_export(post_processor: nn.Module | None, export_root: Path | str) -
     Raises:
         OSError: If nothing can be written there; the message names the folder.
     """
+    log_once()
     root = Path(export_root).resolve()
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch.trainer.states import TrainerFn
 
+from anomalib_uniass.logs import log_once
 from anomalib_uniass.models.checkpoint_io import WholeCheckpointIO
 from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor, missing_thresholds, warn
 
@@ -39,6 +40,7 @@ class CompleteRunMixin(Base):
 
     def setup(self, stage: str) -> None:
         """Make checkpoints whole or not at all, unless the user brought a writer of checkpoints."""
+        log_once()
         super().setup(stage)
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is AnomalibCheckpointIO:

@@ -12,6 +12,9 @@ from anomalib_uniass.prediction.reading import ImageReading
 from anomalib_uniass.prediction.table import PredictionTable
 from anomalib_uniass.prediction.visualizer import PathVisualizer
 
+LABEL_SIZE = 16
+"""Pixels of the letters on a picture's panels: by itself anomalib cuts off "Image + Anomaly Map"."""
+
 if TYPE_CHECKING:
     Base = AnomalibModule
 else:
@@ -24,7 +27,7 @@ class PredictionMixin(Base):
     @classmethod
     def configure_visualizer(cls) -> ImageVisualizer:
         """Return anomalib's visualizer with names that keep all pictures apart."""
-        return PathVisualizer()
+        return PathVisualizer(text_config={"size": LABEL_SIZE})
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Put the reading before anomalib's pre-processor, and the table behind its post-processor."""
