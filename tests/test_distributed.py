@@ -123,6 +123,13 @@ def test_processes_end_with_the_same_weights_and_constants_of_these(trained: tup
     assert first["buffers"] == second["buffers"]
 
 
+def test_processes_that_train_on_tiles_end_alike(trained: tuple[Results, Path]) -> None:
+    (first, second), _ = trained
+    states = first["state by tiles"], second["state by tiles"]
+    assert states[0]["model.anomaly_map.whitening.fitted"] == 1
+    assert states[0] == states[1]
+
+
 def test_statistics_learn_from_the_images_of_all_processes(trained: tuple[Results, Path], root: Path) -> None:
     (first, _), folder = trained
     model = UniAS.load_from_checkpoint(first["checkpoint"]).eval()

@@ -32,36 +32,39 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train two models and export both to OpenVINO, the first to ONNX, too."""
+    """Train a model and export it to OpenVINO and ONNX; a second checkpoint has other weights."""
     folder = tmp_path_factory.mktemp("exports")
     make_mvtec_layout(folder / "DIR", ["bolt", "cap"], (90, 70), train=8, good=3, defective=3)
-    for seed in (0, 1):
-        model = UniAS(**SMALL, seed=seed)
-        engine = Engine(default_root_dir=folder / "runs", accelerator="cpu", max_epochs=1, logger=False)
-        data = Unified(root=folder / "DIR", train_batch_size=4, eval_batch_size=4, num_workers=0)
-        engine.fit(model, datamodule=data)
-        engine.trainer.save_checkpoint(folder / f"{seed}.ckpt")
-        model.to_openvino(folder / str(seed))
-        if not seed:
-            model.to_onnx(folder / "onnx")
+    model = UniAS(**SMALL, seed=0)
+    engine = Engine(default_root_dir=folder / "runs", accelerator="cpu", max_epochs=1, logger=False)
+    data = Unified(root=folder / "DIR", train_batch_size=4, eval_batch_size=4, num_workers=0)
+    engine.fit(model, datamodule=data)
+    engine.trainer.save_checkpoint(folder / "CKPT")
+    content = torch.load(folder / "CKPT", weights_only=False)
+    content["state_dict"]["model.norm.weight"] *= 1.5
+    torch.save(content, folder / "OTHER")
+    model.to_openvino(folder)
+    model.to_onnx(folder)
     return folder
 
 
-def openvino(folder: Path, seed: int) -> Path:
-    return folder / str(seed) / "weights" / "openvino" / "model.xml"
+def openvino(folder: Path) -> Path:
+    return folder / "weights" / "openvino" / "model.xml"
 
 
-def validate(folder: Path, out: Path, *exported: Path, options: tuple[str, ...] = ()) -> tuple[int, dict[str, Any]]:
-    words = [str(folder / "0.ckpt"), *map(str, exported), "--data", str(folder / "DIR"), "--out", str(out), *options]
+def validate(
+    folder: Path, out: Path, *exported: Path, options: tuple[str, ...] = (), checkpoint: str = "CKPT"
+) -> tuple[int, dict[str, Any]]:
+    words = [str(folder / checkpoint), *map(str, exported), "--data", str(folder / "DIR"), "--out", str(out), *options]
     return main(words), json.loads((out / "validation.json").read_text())
 
 
 def test_good_exports_agree_with_their_checkpoint(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    onnx = trained / "onnx" / "weights" / "onnx" / "model.onnx"
+    onnx = trained / "weights" / "onnx" / "model.onnx"
     strict = ("--precision", "f32", "--difference", "1e-4")
-    code, found = validate(trained, tmp_path, openvino(trained, 0), onnx, options=strict)
+    code, found = validate(trained, tmp_path, openvino(trained), onnx, options=strict)
     assert code == 0
     assert found["images"] == 12
     assert len(found["models"]) == 3
@@ -80,8 +83,8 @@ def test_good_exports_agree_with_their_checkpoint(
 
 def test_metrics_are_those_of_the_deployed_maps(trained: Path, tmp_path: Path) -> None:
     """Beside a loop of its own over the test images."""
-    _, found = validate(trained, tmp_path, openvino(trained, 0), options=("--precision", "f32"))
-    model = UniAS.load_from_checkpoint(trained / "0.ckpt", visualizer=False).eval()
+    _, found = validate(trained, tmp_path, openvino(trained), options=("--precision", "f32"))
+    model = UniAS.load_from_checkpoint(trained / "CKPT", visualizer=False).eval()
     data = Unified(root=trained / "DIR", num_workers=0)
     data.setup()
     right, pairs = 0.0, 0
@@ -98,7 +101,7 @@ def test_metrics_are_those_of_the_deployed_maps(trained: Path, tmp_path: Path) -
 
 def test_an_export_of_other_weights_fails(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--precision", "f32", "--difference", "1e-4")
-    code, found = validate(trained, tmp_path, openvino(trained, 1), options=options)
+    code, found = validate(trained, tmp_path, openvino(trained), options=options, checkpoint="OTHER")
     assert code == 1
     (_, wrong) = found["models"].values()
     assert any("outputs differ" in problem for problem in wrong["problems"])
@@ -108,11 +111,11 @@ def test_an_export_of_other_weights_fails(trained: Path, tmp_path: Path, capsys:
 
 def test_other_thresholds_beside_the_export_are_other_decisions(trained: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(openvino(trained, 0).parent, copy)
+    shutil.copytree(openvino(trained).parent, copy)
     thresholds = json.loads((copy / "category_thresholds.json").read_text())
     thresholds["image"]["cap"] = 0.999
     (copy / "category_thresholds.json").write_text(json.dumps(thresholds))
-    model = UniAS.load_from_checkpoint(trained / "0.ckpt", visualizer=False).eval()
+    model = UniAS.load_from_checkpoint(trained / "CKPT", visualizer=False).eval()
     data = Unified(root=trained / "DIR", num_workers=0)
     data.setup()
     items = [item for item in data.test_data if "/cap/" in item.image_path]
@@ -130,7 +133,7 @@ def test_other_thresholds_beside_the_export_are_other_decisions(trained: Path, t
 
 @pytest.mark.slow
 def test_without_thresholds_nothing_is_decided(trained: Path, tmp_path: Path) -> None:
-    checkpoint = torch.load(trained / "0.ckpt", weights_only=False)
+    checkpoint = torch.load(trained / "CKPT", weights_only=False)
     model = UniAS(**SMALL)
     weights = {
         name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("post_processor.")
@@ -138,7 +141,7 @@ def test_without_thresholds_nothing_is_decided(trained: Path, tmp_path: Path) ->
     model.load_state_dict(weights, strict=False)
     trainer = Engine(accelerator="cpu", max_epochs=1, limit_train_batches=0, limit_val_batches=0, logger=False)
     trainer.fit(model, datamodule=Unified(root=trained / "DIR", num_workers=0))
-    trainer.trainer.save_checkpoint(tmp_path / "0.ckpt")
+    trainer.trainer.save_checkpoint(tmp_path / "CKPT")
     (tmp_path / "DIR").symlink_to(trained / "DIR")
     path = model.to_openvino(tmp_path / "export")
     code, found = validate(tmp_path, tmp_path / "out", path, options=("--precision", "f32"))
@@ -149,10 +152,10 @@ def test_without_thresholds_nothing_is_decided(trained: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["0.ckpt", "none.xml", "--data", "DIR"], "none.xml does not exist"),
-        (["0.ckpt", "0.ckpt", "--data", "DIR"], "OpenVINO cannot load"),
-        (["0.ckpt", "0/weights/openvino/model.xml", "--data", "DIR", "--precision", "i4"], "in precision i4"),
-        (["0.ckpt", "0/weights/openvino/model.xml", "--data", "DIR", "--device", "ABACUS"], "on ABACUS"),
+        (["CKPT", "none.xml", "--data", "DIR"], "none.xml does not exist"),
+        (["CKPT", "CKPT", "--data", "DIR"], "OpenVINO cannot load"),
+        (["CKPT", "weights/openvino/model.xml", "--data", "DIR", "--precision", "i4"], "in precision i4"),
+        (["CKPT", "weights/openvino/model.xml", "--data", "DIR", "--device", "ABACUS"], "on ABACUS"),
     ],
 )
 def test_what_cannot_be_compared_is_said(
@@ -171,7 +174,7 @@ def test_what_cannot_be_compared_is_said(
 
 @pytest.mark.slow
 def test_an_export_for_another_size_is_said(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = UniAS.load_from_checkpoint(trained / "0.ckpt", visualizer=False)
+    model = UniAS.load_from_checkpoint(trained / "CKPT", visualizer=False)
     path = model.to_openvino(tmp_path, input_size=(100, 100))
     with pytest.raises(SystemExit):
         validate(trained, tmp_path, path)
@@ -179,7 +182,7 @@ def test_an_export_for_another_size_is_said(trained: Path, tmp_path: Path, capsy
 
 
 def test_the_command_ends_with_the_exit_code(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = [str(trained / "0.ckpt"), str(openvino(trained, 1)), "--data", str(trained / "DIR"), "--out", str(tmp_path)]
+    words = [str(trained / "OTHER"), str(openvino(trained)), "--data", str(trained / "DIR"), "--out", str(tmp_path)]
     options = ["--precision", "f32", "--difference", "1e-9"]
     monkeypatch.setattr(sys, "argv", ["anomalib-uniass", "validate-export", *words, *options])
     with pytest.raises(SystemExit) as ended:

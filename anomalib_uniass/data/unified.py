@@ -3,7 +3,8 @@
 
 import logging
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -396,17 +397,23 @@ class Unified(AnomalibDataModule):
 
     def val_dataloader(self) -> DataLoader[object]:
         """Make the loader of the validation images; those for tiles come one by one, for they may differ in size."""
-        self._one_photograph_at_a_time()
-        return super().val_dataloader()
+        with self._photographs_one_by_one():
+            return super().val_dataloader()
 
     def test_dataloader(self) -> DataLoader[object]:
         """Make the loader of the test images; those for tiles come one by one, for they may differ in size."""
-        self._one_photograph_at_a_time()
-        return super().test_dataloader()
+        with self._photographs_one_by_one():
+            return super().test_dataloader()
 
-    def _one_photograph_at_a_time(self) -> None:
-        if self._tile_size() is not None:
-            self.eval_batch_size = 1
+    @contextmanager
+    def _photographs_one_by_one(self) -> Iterator[None]:
+        """Make loaders of single images, if they are for tiles; a later model has its batches again."""
+        asked = self.eval_batch_size
+        self.eval_batch_size = asked if self._tile_size() is None else 1
+        try:
+            yield
+        finally:
+            self.eval_batch_size = asked
 
     def _small_defects(self) -> dict[str, str]:
         """Say of which categories defects get small at the size of the tested model, if it tells that size."""

@@ -120,7 +120,10 @@ def train(processes: int, root: Path, folder: Path) -> dict[str, Any]:
         "checkpoint": runner.trainer.checkpoint_callback.best_model_path,  # type: ignore[union-attr]
         "folder": str(runner.trainer.default_root_dir),
     }
-    return result | {"table": tested(runner, model, unified(root, folder))}
+    by_tiles = UniAS(**SMALL, seed=0, recipe="best", tile_size=48, visualizer=False)
+    engine(processes, folder).fit(by_tiles, datamodule=unified(root, folder))
+    state = {name: float(value.double().sum()) for name, value in by_tiles.state_dict().items()}
+    return result | {"table": tested(runner, model, unified(root, folder)), "state by tiles": state}
 
 
 def main(job: str, processes: int, root: Path, folder: Path) -> None:

@@ -137,6 +137,8 @@ def test_photographs_of_mixed_sizes(model: type, tmp_path: Path) -> None:
     assert {tuple(anomaly_map.shape[-2:]) for anomaly_map in expected.values()} == {(150, 211), (99, 130)}
     for path, anomaly_map in maps_of(engine, loaded, data).items():
         assert torch.equal(anomaly_map, expected[path])
+    assert data.test_dataloader().batch_size == 1
+    assert data.eval_batch_size == 4, "a later model of whole images has its batches"
 
 
 @pytest.mark.parametrize("model", [UniAS, UniAD])
