@@ -180,28 +180,35 @@ def comparison(models: dict[str, Row]) -> list[Row]:
 
 
 def draw(models: dict[str, Row], path: Path) -> None:
-    """Draw pixel AP per category and learning curves."""
+    """Draw pixel AP per category, a bar a model with the spread of its seeds, and the learning curves of all runs."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(14, 4.5), width_ratios=(2, 1), layout="constrained")
+    grouped = by_model(models)
     names = list(next(iter(models.values()))["categories"])
-    width = 0.8 / len(models)
-    for index, (run, row) in enumerate(models.items()):
-        values = [100 * row["categories"][name]["pixel_AP"] for name in names]
-        bars.bar([x + width * index for x in range(len(names))], values, width, label=run, color=f"C{index}")
-        if row["curve"]:
-            points = [*row["curve"], {"epoch": row["epochs"], "pixel_AP": row["means"]["all"]["pixel_AP"] / 100}]
-            epochs, values = [p["epoch"] for p in points], [100 * p["pixel_AP"] for p in points]
-            curves.plot(epochs, values, marker="o", label=run, color=f"C{index}")
-    bars.set_xticks([x + 0.4 - width / 2 for x in range(len(names))], names, rotation=30, ha="right")
+    width = 0.8 / len(grouped)
+    for index, (model, runs) in enumerate(grouped.items()):
+        columns = [[100 * run["categories"][name]["pixel_AP"] for run in runs] for name in names]
+        places = [x + width * (index - (len(grouped) - 1) / 2) for x in range(len(names))]
+        spreads = [stdev(column) if len(column) > 1 else 0 for column in columns]
+        bars.bar(places, [fmean(column) for column in columns], width, yerr=spreads, label=model, color=f"C{index}")
+        for run in runs:
+            if run["curve"]:
+                points = [*run["curve"], {"epoch": run["epochs"], "pixel_AP": run["means"]["all"]["pixel_AP"] / 100}]
+                curves.plot(
+                    [point["epoch"] for point in points],
+                    [100 * point["pixel_AP"] for point in points],
+                    marker="o",
+                    color=f"C{index}",
+                )
+    bars.set_xticks(range(len(names)), names, rotation=30, ha="right")
     bars.set_ylabel("pixel AP, %")
     curves.set_xlabel("epoch")
     curves.set_ylabel("mean pixel AP, %")
-    for axes in (bars, curves):
-        axes.legend()
+    figure.legend(loc="outside upper center", ncols=len(grouped), frameon=False)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

@@ -15,9 +15,10 @@ DATA is in MVTec AD layout. Results: ``results/export.json`` and ``export.md``.
 
 import argparse
 import json
+import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass import UniAS, Unified
+from anomalib_uniass.deploy.validation import Predict, checkpoint_model, exported_model
 from anomalib_uniass.metrics import CategoryMetrics
 
 VARIANTS: dict[str, tuple[CompressionType | None, str]] = {
@@ -44,10 +46,7 @@ VARIANTS: dict[str, tuple[CompressionType | None, str]] = {
 PYTORCH, FLOAT32, BFLOAT16, INT8 = "PyTorch float32", "OpenVINO float32", "OpenVINO bfloat16", "OpenVINO INT8"
 NATIVE = "native"
 METRICS = ("pixel_AP", "DSC", "pixel_AUROC", "image_AUROC")
-THREADS, ROUNDS, WARM_UP = 2, 30, 3
-
-Outputs = tuple[np.ndarray, np.ndarray]
-"""Anomaly maps (B, H, W) and scores (B,)."""
+THREADS, ROUNDS, WARM_UP = os.cpu_count() or 1, 30, 3
 
 
 def main() -> None:
@@ -79,16 +78,10 @@ def full_size() -> UniAS:
     return model
 
 
-def predictors(model: UniAS, datamodule: Unified, folder: Path) -> dict[str, Callable[[Tensor], Outputs]]:
-    """Return inference of every variant: images (B, 3, H, W) in [0, 1] to maps and scores."""
-    import openvino as ov
-
-    def pytorch(image: Tensor) -> Outputs:
-        with torch.no_grad():
-            output = model(image)
-        return output.anomaly_map[:, 0].numpy(), output.pred_score.reshape(-1).numpy()
-
-    def openvino(compression: CompressionType | None, precision: str) -> Callable[[Tensor], Outputs]:
+def predictors(model: UniAS, datamodule: Unified, folder: Path) -> dict[str, Predict]:
+    """Return inference of every variant."""
+    predicts = {PYTORCH: checkpoint_model(model)}
+    for name, (compression, precision) in VARIANTS.items():
         root = folder / (compression.value if compression else "float32")
         path = root / "weights" / "openvino" / "model.xml"
         if not path.exists():
@@ -96,20 +89,8 @@ def predictors(model: UniAS, datamodule: Unified, folder: Path) -> dict[str, Cal
             engine.export(
                 model, ExportType.OPENVINO, export_root=root, compression_type=compression, datamodule=datamodule
             )
-        config = {
-            "INFERENCE_PRECISION_HINT": precision,
-            "INFERENCE_NUM_THREADS": THREADS,
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        compiled = ov.Core().compile_model(path, "CPU", config)
-
-        def predict(image: Tensor) -> Outputs:
-            output = compiled(image.numpy())
-            return output["anomaly_map"][:, 0].copy(), output["pred_score"].reshape(-1).copy()
-
-        return predict
-
-    return {PYTORCH: pytorch} | {name: openvino(*variant) for name, variant in VARIANTS.items()}
+        predicts[name] = exported_model(path, precision, "CPU")
+    return predicts
 
 
 def accuracy(
@@ -127,16 +108,19 @@ def accuracy(
         difference = dict.fromkeys(predicts, 0.0)
         correlations: dict[str, list[float]] = {name: [] for name in predicts}
         for batch in datamodule.test_dataloader():
-            image = enlarged(batch.image, size)
+            image = enlarged(batch.image, size)[0]
             reference = predicts[PYTORCH](image)
-            mask = F.interpolate(batch.gt_mask[:, None].float(), reference[0].shape[-2:], mode="nearest")
+            mask = F.interpolate(batch.gt_mask[:, None].float(), reference.anomaly_map.shape, mode="nearest")
             for name, predict in predicts.items():
-                outputs = reference if name == PYTORCH else predict(image)
-                pairs = zip(outputs, reference, strict=True)
-                difference[name] = max(difference[name], *(float(np.abs(a - b).max()) for a, b in pairs))
-                flat = [maps[0].flatten() for maps in (outputs[0], reference[0])]
+                output = reference if name == PYTORCH else predict(image)
+                difference[name] = max(
+                    difference[name],
+                    float(np.abs(output.anomaly_map - reference.anomaly_map).max()),
+                    abs(output.score - reference.score),
+                )
+                flat = [one.anomaly_map.flatten() for one in (output, reference)]
                 correlations[name].append(float(np.corrcoef(flat)[0, 1]))
-                maps, scores = (torch.from_numpy(output) for output in outputs)
+                maps, scores = torch.from_numpy(output.anomaly_map)[None], torch.tensor([output.score])
                 metrics[name].update(maps, mask, scores, batch.gt_label, [category[path] for path in batch.image_path])
         for name, metric in metrics.items():
             mean = metric.compute()["mean"]
@@ -164,7 +148,7 @@ def speed(models: dict[str, UniAS], datamodule: Unified, folder: Path) -> list[d
     """Time all variants at batch 1 on one image; PyTorch over the variant, and OpenVINO float32 over the variant."""
     rows = []
     datamodule.setup()
-    image = next(iter(datamodule.test_dataloader())).image
+    image = next(iter(datamodule.test_dataloader())).image[0]
     for model_name, model in models.items():
         predicts = predictors(model, datamodule, folder / model_name)
         seconds: dict[str, list[float]] = {name: [] for name in predicts}
