@@ -51,10 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if model.model.tiling is not None:
         parser.error("the checkpoint cuts photographs into tiles; an exported tile is not what it predicts")
     tolerance = Tolerance(args.metric_drop, args.decisions, args.difference)
-    datamodule = Unified(root=args.data, eval_batch_size=1, num_workers=0)
     try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        datamodule = Unified(root=args.data, eval_batch_size=1, num_workers=0)
         found = compare(model, datamodule, args.exported, precisions=args.precision, device=args.device)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     facts = {"checkpoint": str(args.checkpoint), "data": str(args.data), "processor": processor(args.device)}
     problems = write(args.out, found, tolerance, facts)

@@ -156,6 +156,8 @@ def test_without_thresholds_nothing_is_decided(trained: Path, tmp_path: Path) ->
         (["CKPT", "CKPT", "--data", "DIR"], "OpenVINO cannot load"),
         (["CKPT", "weights/openvino/model.xml", "--data", "DIR", "--precision", "i4"], "in precision i4"),
         (["CKPT", "weights/openvino/model.xml", "--data", "DIR", "--device", "ABACUS"], "on ABACUS"),
+        (["CKPT", "weights/openvino/model.xml", "--data", "weights"], "holds no category"),
+        (["CKPT", "weights/openvino/model.xml", "--data", "DIR", "--out", "CKPT/out"], "CKPT"),
     ],
 )
 def test_what_cannot_be_compared_is_said(

@@ -242,7 +242,7 @@ def write(folder: Path, found: Mapping[str, Findings], tolerance: Tolerance, fac
     """Write ``validation.json`` and ``report.html``.
 
     Args:
-        folder: Folder of both, made if needed.
+        folder: Folder of both, which exists.
         found: Results of :func:`compare`.
         tolerance: What may differ.
         facts: What the page says of machine and files.
@@ -253,7 +253,6 @@ def write(folder: Path, found: Mapping[str, Findings], tolerance: Tolerance, fac
     Raises:
         OSError: If a file cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     reference = found[CHECKPOINT]
     problems = {name: findings.problems(reference, tolerance) for name, findings in found.items()}
     rows = {
