@@ -5,7 +5,7 @@ import base64
 import heapq
 import io
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import cv2
@@ -122,17 +122,14 @@ def reduce_map(values: Tensor | None) -> Tensor | None:
     if values is None:
         return None
     plane = values.detach().reshape(1, 1, *values.shape[-2:]).float().cpu()
-    size = panel_size((plane.shape[-2], plane.shape[-1]))
-    if size[0] < plane.shape[-2]:
-        plane = F.adaptive_max_pool2d(plane, size)
-    plane = plane[0, 0]
-    return plane.bool() if values.dtype.is_floating_point is False else plane.half()
+    if (longest := max(plane.shape)) > PANEL:
+        plane = F.adaptive_max_pool2d(plane, _scaled(plane.shape, PANEL / longest))
+    return plane[0, 0].half() if values.dtype.is_floating_point else plane[0, 0].bool()
 
 
-def panel_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Return the height and width that an image or map of some size is shown at, or kept at if it is smaller."""
-    factor = min(1.0, PANEL / max(size))
-    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+def _scaled(shape: Sequence[int], factor: float) -> tuple[int, int]:
+    """Return height and width, the last two of a shape, times a factor; one at least."""
+    return max(1, round(shape[-2] * factor)), max(1, round(shape[-1] * factor))
 
 
 def picture(image: Tensor, maps: Maps, *, highest: float) -> str:
@@ -146,9 +143,7 @@ def picture(image: Tensor, maps: Maps, *, highest: float) -> str:
     Returns:
         A JPEG as a `data:` address.
     """
-    shape = (image.shape[-2], image.shape[-1])
-    factor = PANEL / max(shape)
-    height, width = (max(1, round(side * factor)) for side in shape)
+    height, width = _scaled(image.shape, PANEL / max(image.shape))
     pixels = (F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0] * 255).round()
     photograph: Pixels = pixels.clamp(0, 255).byte().permute(1, 2, 0).numpy().copy()
     size = (width, height)
