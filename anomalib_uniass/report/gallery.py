@@ -6,6 +6,7 @@ import heapq
 import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
 import cv2
@@ -69,12 +70,13 @@ class Maps(NamedTuple):
     gt_mask: Tensor | None
 
 
-class Example(NamedTuple):
+@dataclass(order=True)
+class Example:
     """An image of the gallery; examples compare by their rank."""
 
     rank: float
-    image: TestedImage
-    maps: Maps
+    image: TestedImage = field(compare=False)
+    maps: Maps = field(compare=False)
 
 
 class Gallery:
@@ -117,14 +119,14 @@ class Gallery:
 def reduce_map(values: Tensor | None) -> Tensor | None:
     """Return a map or mask ``(H, W)`` or ``(1, H, W)`` on the CPU, small enough for a panel; the highest value stays.
 
-    A mean would hide a defect of few pixels.
+    A mean would hide a defect of few pixels. Maps become bfloat16, enough for colours, and of any range.
     """
     if values is None:
         return None
     plane = values.detach().reshape(1, 1, *values.shape[-2:]).float().cpu()
     if (longest := max(plane.shape)) > PANEL:
         plane = F.adaptive_max_pool2d(plane, _scaled(plane.shape, PANEL / longest))
-    return plane[0, 0].half() if values.dtype.is_floating_point else plane[0, 0].bool()
+    return plane[0, 0].bfloat16() if values.dtype.is_floating_point else plane[0, 0].bool()
 
 
 def _scaled(shape: Sequence[int], factor: float) -> tuple[int, int]:

@@ -58,6 +58,20 @@ def test_maps_are_made_of_kept_images_alone() -> None:
     assert made == [0.9, 0.95]
 
 
+def test_an_image_that_is_listed_twice_is_no_trouble() -> None:
+    gallery, maps = Gallery(2), Maps(torch.zeros(2, 2), None, None)
+    for _ in range(3):
+        gallery.add(TestedImage("same.png", "a", 0.5, True, True), lambda: maps)
+    merged = gallery.merge([gallery])
+    assert {example.image.path for example in merged.examples["a", "hits"]} == {"same.png"}
+
+
+def test_raw_maps_of_any_range_are_kept() -> None:
+    kept = reduce_map(torch.full((8, 6), 1e30))
+    assert kept is not None
+    assert kept.float().max() == pytest.approx(1e30, rel=0.01)
+
+
 def test_a_defect_of_one_pixel_stays_in_a_small_map() -> None:
     mask = torch.zeros(1, 3000, 2000, dtype=torch.bool)
     mask[0, 1234, 567] = True
