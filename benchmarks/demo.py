@@ -26,6 +26,7 @@ RESULTS = Path("results")
 BANK = {"max_patches": 20_000, "coreset_size": 1_000}
 # Picked by hand; the photographs are in the public domain, the solar cells are not.
 SHOWN_PHOTOGRAPHS = ("brick/test/foreign/000.png", "coins/test/chip/000.png", "gravel/test/oil/003.png")
+SHOWN_MISS = ("coins/test/scratch/000.png",)
 SHOWN_SOLAR_CELLS = ("solar_mono/test/inactive/001.png", "solar_poly/test/chip/003.png")
 
 
@@ -68,7 +69,8 @@ def main() -> None:
         "UniAS, trained": table["mean"]["pixel_AP"],
     }
     picture = draw_sheet(run / "images", SHOWN_PHOTOGRAPHS + SHOWN_SOLAR_CELLS, RESULTS / "demo.png")
-    draw_sheet(run / "images", SHOWN_PHOTOGRAPHS, RESULTS / "demo_photographs.png")  # for the README
+    for name, shown in (("demo_photographs", SHOWN_PHOTOGRAPHS), ("demo_miss", SHOWN_MISS)):  # for the README
+        draw_sheet(run / "images", shown, RESULTS / f"{name}.png")
     report = {
         "pixel_ap_percent": {name: round(100 * value, 2) for name, value in rows.items()},
         "seconds": {"train_and_test": round(trained), "all": round(time.monotonic() - start)},
@@ -81,6 +83,7 @@ def main() -> None:
     for name, value in report["pixel_ap_percent"].items():
         print(f"  {name:<20} mean pixel AP {value:6.2f} %")
     print(f"\n  Table      {run}/metrics/per_category.csv (and .json)")
+    print(f"  Page       {run}/metrics/report.html: open it in a browser")
     print(f"  Pictures   {run}/images, one sheet of them in {picture}")
     print(f"  Checkpoint {checkpoint}")
     print(f"  OpenVINO   {exported}")

@@ -46,7 +46,7 @@ def category_chart(
     """
     with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=(6.4, 2.4))
-        figure.subplots_adjust(left=0.08, right=0.99, bottom=0.2, top=0.85, wspace=0.25)  # quicker than a layout engine
+        figure.subplots_adjust(left=0.08, right=0.97, bottom=0.2, top=0.85, wspace=0.25)  # quicker than a layout engine
         scores, pixels = figure.subplots(1, 2)
         _draw_scores(scores, good, defective, threshold)
         figure.legend(loc="upper left", ncols=2, frameon=False)
