@@ -292,7 +292,7 @@ def test_inferencers_and_their_pictures_equal_engine_predict(
             assert torch.equal(actual["pred_label"].bool(), expected["pred_label"].bool())
             assert torch.equal(actual["pred_mask"].bool(), expected["pred_mask"].bool())
             batch = ImageBatch(image=expected.image, image_path=expected.image_path, **actual)
-            picture = ImageVisualizer().visualize(batch)
+            picture = ImageVisualizer(text_config=trained.configure_visualizer().text_config).visualize(batch)
             np.testing.assert_allclose(np.asarray(picture, int), np.asarray(Image.open(pictures[name]), int), atol=2)
 
 
