@@ -89,7 +89,8 @@ def bar_chart(values: Mapping[str, Mapping[str, float]], *, label: str, png: Pat
         # Names may have a $, which would begin a formula.
         axes.set_xticks(range(len(categories)), categories, rotation=45, ha="right", parse_math=False)
         axes.set_ylabel(label)
-        figure.legend(loc="outside upper center", ncols=3, frameon=False)
+        columns = max(1, min(3, 60 // max(map(len, values))))  # as many as names have room
+        figure.legend(loc="outside upper center", ncols=columns, frameon=False)
         if png is not None:
             figure.savefig(png, dpi=150)
         return _svg(figure)
