@@ -124,6 +124,7 @@ class Command(NamedTuple):
 
 def blocks(text: str) -> Iterator[str]:
     """Yield the code blocks of a Markdown text, fenced ones and indented ones."""
+    text = re.sub(r"^```\{.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)  # directives of Sphinx
     for fenced in re.finditer(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         yield fenced[1]
     text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
