@@ -17,17 +17,10 @@ from anomalib_uniass.__main__ import main as command
 from anomalib_uniass.deploy.validation import Decision, Findings, Tolerance
 from anomalib_uniass.metrics.functional import METRICS
 from anomalib_uniass.validate_export import main
+from tests.helpers import distributed_run
 from tests.helpers.datasets import make_mvtec_layout
 
-SMALL: dict[str, Any] = {
-    "backbone": "resnet18",
-    "pre_trained": False,
-    "image_size": (128, 128),
-    "hidden_dim": 32,
-    "feedforward_dim": 32,
-    "channel_branch": False,
-    "visualizer": False,
-}
+SMALL = distributed_run.SMALL | {"channel_branch": False, "visualizer": False}
 
 
 @pytest.fixture(scope="module")

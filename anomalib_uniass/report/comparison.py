@@ -153,7 +153,7 @@ def _write_page(path: Path, models: dict[str, dict[str, Any]], bars: str) -> Non
     categories: dict[str, dict[str, Any]] = {}
     for category, of_models in rows.items():
         found = {name: models[name].get("findings", {}).get(category) for name in of_models}
-        drawn = {name: part for name, part in found.items() if part is not None}
+        drawn = {name: part for name, part in found.items() if part and (part["good"] or part["defective"])}
         pictures = {
             kind: {name: part["pictures"][kind][0] for name, part in drawn.items() if kind in part["pictures"]}
             for kind in KINDS
