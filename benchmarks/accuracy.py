@@ -39,7 +39,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from lightning.pytorch import Callback, LightningModule, Trainer
-from retrieval_bank import RetrievalBank
+from retrieval_bank import GuidedBank, RetrievalBank
 from speed import interleave, speedup, spread
 from speed_models import Setup, openvino, runtime
 from torch import Tensor
@@ -345,33 +345,34 @@ class Shared:
     batch: Tensor | None = None
     reconstruction: Any = None
 
-    def __init__(self, variant: Callable[[Reconstruction], Any]) -> None:
+    def __init__(self, variant: Callable[[Reconstruction, Tensor], Any]) -> None:
         self.variant = variant
 
     def __call__(self, model: Any, image: Tensor) -> Prediction:
         """Reconstruct if no other variant has done so, and make the map."""
         if Shared.batch is not image:
             Shared.batch, Shared.reconstruction = image, model.model.reconstruct(image)
-        return self.variant(Shared.reconstruction)
+        return self.variant(Shared.reconstruction, image)
 
 
-def map_variants(network: UniASModel) -> dict[str, Callable[[Reconstruction], Prediction]]:
+def map_variants(network: UniASModel) -> dict[str, Callable[[Reconstruction, Tensor], Prediction]]:
     """Return ways to make map and score of a reconstruction, each with one thing changed."""
 
-    def changed(change: Callable[[UniASModel], None]) -> Callable[[Reconstruction], Prediction]:
+    def changed(change: Callable[[UniASModel], None]) -> Callable[[Reconstruction, Tensor], Prediction]:
         other = deepcopy(network)
         change(other)
         return other.detect
 
-    def scored(reduction: Any) -> Callable[[Reconstruction], Prediction]:
-        def predict(reconstruction: Reconstruction) -> Prediction:
-            anomaly_map = network.detect(reconstruction).anomaly_map
+    def scored(reduction: Any) -> Callable[[Reconstruction, Tensor], Prediction]:
+        def predict(reconstruction: Reconstruction, image: Tensor) -> Prediction:
+            anomaly_map = network.detect(reconstruction, image).anomaly_map
             return Prediction(anomaly_map, image_score(anomaly_map, reduction=reduction))
 
         return predict
 
-    def level(number: int) -> Callable[[Reconstruction], Prediction]:
-        def predict(reconstruction: Reconstruction) -> Prediction:
+    def level(number: int) -> Callable[[Reconstruction, Tensor], Prediction]:
+        def predict(reconstruction: Reconstruction, image: Tensor) -> Prediction:
+            del image
             maps = network.anomaly_map.level_maps(reconstruction.reconstructions, reconstruction.targets)
             level_map = F.interpolate(maps[number], scale_factor=2.0, mode="bilinear", align_corners=True)
             return Prediction(level_map, image_score(level_map, reduction="top"))
@@ -379,6 +380,7 @@ def map_variants(network: UniASModel) -> dict[str, Callable[[Reconstruction], Pr
         return predict
 
     parts = {
+        "no guided filter": leave_out_guided_filter,
         "no segmentation head": leave_out_head,
         "maps not evened out": leave_out_evenness,
         "no directions of errors": leave_out_directions,
@@ -420,6 +422,7 @@ def model_runs(seeds: Iterable[int], epochs: int | None) -> list[Run]:
         ]
     runs.append(Run(name="patchcore_0", model=BoundedPatchcore, arguments=backbone))
     runs.append(Run(name="bank_retrieval_0", model=RetrievalBank, arguments=backbone))
+    runs.append(Run(name="bank_guided_0", model=GuidedBank, arguments=backbone))
     return runs
 
 
@@ -469,6 +472,11 @@ def leave_out_statistics(network: UniASModel) -> None:
     network.anomaly_map.whitening = None
 
 
+def leave_out_guided_filter(network: UniASModel) -> None:
+    """Take the maps as wide as they are."""
+    network.guided_maps = False
+
+
 def leave_out_evenness(network: UniASModel) -> None:
     """Take the maps as they are."""
     network.even_maps = False
@@ -491,7 +499,7 @@ def leave_out_blur(network: UniASModel) -> None:
 
 def leave_out_everything(network: UniASModel) -> None:
     """Make the map and the score of the paper."""
-    for part in (leave_out_head, leave_out_statistics, leave_out_evenness):
+    for part in (leave_out_head, leave_out_statistics, leave_out_guided_filter, leave_out_evenness):
         part(network)
     network.coarse_score = False
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass import BoundedPatchcore
+from anomalib_uniass.models.unias.guided_filter import follow_edges
 
 ALIKE = 16
 """Retrieved images of a test image, chosen of 4, 16 and 48 on the development part."""
@@ -38,6 +39,14 @@ class RetrievalBank(BoundedPatchcore):
         self.model.fit()
 
 
+class GuidedBank(RetrievalBank):
+    """The same with the guided filter of UniAS's recipe `best` behind its maps, which helps any map."""
+
+    def __init__(self, backbone: str, *, weights: str | None, visualizer: bool, evaluator: bool) -> None:
+        super().__init__(backbone, weights=weights, visualizer=visualizer, evaluator=evaluator)
+        self.model.guided = True
+
+
 class RetrievalModel(nn.Module):
     """``(B, 3, H, W) -> anomaly map (B, 1, H, W), image score (B,)``.
 
@@ -48,6 +57,7 @@ class RetrievalModel(nn.Module):
     def __init__(self, patchcore: nn.Module) -> None:
         super().__init__()
         self.patchcore: Any = patchcore
+        self.guided = False
         self.embeddings: list[Tensor] = []
         self.register_buffer("memory_bank", torch.empty(0))
         self.register_buffer("scale", torch.empty(0))
@@ -74,6 +84,8 @@ class RetrievalModel(nn.Module):
             return patches
         distances = torch.stack([self.distances(one) for one in patches])[:, None]
         anomaly_map = self.patchcore.anomaly_map_generator(distances, image.shape[-2:])
+        if self.guided:
+            anomaly_map = follow_edges(anomaly_map, image, levels=1)
         return InferenceBatch(anomaly_map=anomaly_map, pred_score=distances.amax(dim=(1, 2, 3)))
 
     def distances(self, patches: Tensor) -> Tensor:

@@ -304,7 +304,7 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, TiledMixin, ExportM
         if len(good):
             loss = float(self.loss(*reconstruction.of(good)))
             self._validation_loss += torch.tensor([loss * len(good), len(good)], dtype=torch.float64)
-        found = self.model.detect(reconstruction) if self.model.tiling is None else self.model(image)
+        found = self.model.detect(reconstruction, image) if self.model.tiling is None else self.model(image)
         return batch.update(**found._asdict())
 
     def on_validation_epoch_end(self) -> None:

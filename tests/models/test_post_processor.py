@@ -308,9 +308,10 @@ class Distances(TiledModel):
         return Reconstruction([x], [x])
 
     def forward(self, x: Tensor) -> InferenceBatch:
-        return self.detect(self.reconstruct(x))
+        return self.detect(self.reconstruct(x), x)
 
-    def detect(self, reconstruction: Reconstruction) -> InferenceBatch:
+    def detect(self, reconstruction: Reconstruction, image: Tensor) -> InferenceBatch:
+        del image
         anomaly_map = self.layers(reconstruction.targets[0]).square()
         return InferenceBatch(anomaly_map=anomaly_map, pred_score=anomaly_map.flatten(1).std(1))
 

@@ -49,23 +49,23 @@ def test_autocast_maps_are_those_of_float32_from_the_same_features(kind: str, dt
     with torch.no_grad(), torch.autocast("cpu", dtype):
         reconstruction, target, *_ = model.reconstruct(image)
         output = model(image)
-        actual = _map(model, reconstruction, target)
+        actual = _map(model, reconstruction, target, image)
     lowest = reconstruction if kind == "UniAD" else reconstruction[0]
     assert kind == "UniAS, best" or lowest.dtype == dtype  # standardisation restores in float32
     with torch.no_grad():
         wide = [
             x.float() if isinstance(x, Tensor) else [level.float() for level in x] for x in (reconstruction, target)
         ]
-        expected = _map(model, *wide)
+        expected = _map(model, *wide, image)
     assert actual.dtype == output.anomaly_map.dtype == output.pred_score.dtype == torch.float32
     assert torch.equal(actual, expected) and torch.equal(output.anomaly_map, expected)
     assert len(expected.unique()) > 0.9 * expected.numel()
     assert torch.equal(output.pred_score, _score(model, expected, wide))
 
 
-def _map(model: nn.Module, reconstruction: Any, target: Any) -> Tensor:
+def _map(model: nn.Module, reconstruction: Any, target: Any, image: Tensor) -> Tensor:
     if isinstance(model, UniASModel):
-        return model.detect(Reconstruction(reconstruction, target)).anomaly_map
+        return model.detect(Reconstruction(reconstruction, target), image).anomaly_map
     return model.anomaly_map(reconstruction, target)
 
 

@@ -165,10 +165,16 @@ class UniADModel(TiledModel):
         Returns:
             Raw anomaly map ``(B, 1, H, W)`` and raw image score ``(B,)``; higher is more anomalous.
         """
-        return self.by_tiles(image, lambda tiles: self.detect(self.reconstruct(tiles)))
+        return self.by_tiles(image, lambda tiles: self.detect(self.reconstruct(tiles), tiles))
 
     @torch.no_grad()
-    def detect(self, reconstruction: Reconstruction) -> InferenceBatch:
-        """Return raw anomaly map ``(B, 1, H, W)`` and raw image score ``(B,)`` of a reconstruction."""
+    def detect(self, reconstruction: Reconstruction, image: Tensor) -> InferenceBatch:
+        """Return raw anomaly map ``(B, 1, H, W)`` and raw image score ``(B,)`` of a reconstruction.
+
+        Args:
+            reconstruction: What :meth:`reconstruct` makes of the image.
+            image: The image itself, which UniAS looks at and UniAD does not.
+        """
+        del image
         anomaly_map = self.anomaly_map(*reconstruction)
         return InferenceBatch(anomaly_map=anomaly_map, pred_score=image_score(anomaly_map))

@@ -19,6 +19,7 @@ from anomalib_uniass.layers.tiling import TiledModel
 from anomalib_uniass.layers.token_grid import check_image_size, token_grid
 from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, even_out, image_score
 from anomalib_uniass.models.unias.decoder import HEADS, SpatialChannelDecoder
+from anomalib_uniass.models.unias.guided_filter import follow_edges
 from anomalib_uniass.models.unias.heads import ReconstructionHead
 from anomalib_uniass.models.unias.pixel_decoder import NORM_GROUPS, FPNPixelDecoder
 from anomalib_uniass.models.unias.queries import GatedQueryGenerator
@@ -66,6 +67,7 @@ class UniASModel(TiledModel):
             - reconstructs the features themselves instead of their low frequencies,
             - compares by the statistics of the errors on good images (``anomaly_map.whitening``),
             - segments by the residuals too, as learned from pseudo-defects (``segmentation_head``),
+            - lets the map end where the image has an edge (``guided_filter``),
             - evens out the maps of different images,
             - scores an image by the highest pixels of the coarse levels' product instead of the map's standard
               deviation: fine levels and the head outline a defect, but say less of whether there is one.
@@ -96,6 +98,7 @@ class UniASModel(TiledModel):
         self.grid_size = grid_size
         best = recipe == "best"
         self.low_frequencies = not best  # what is reconstructed
+        self.guided_maps = best
         self.even_maps = best
         self.coarse_score = best
 
@@ -203,16 +206,23 @@ class UniASModel(TiledModel):
         Returns:
             Raw anomaly map ``(B, 1, H, W)`` and raw image score ``(B,)``; higher is more anomalous.
         """
-        return self.by_tiles(image, lambda tiles: self.detect(self.reconstruct(tiles)))
+        return self.by_tiles(image, lambda tiles: self.detect(self.reconstruct(tiles), tiles))
 
     @torch.no_grad()
-    def detect(self, reconstruction: Reconstruction) -> InferenceBatch:
-        """Return raw anomaly map ``(B, 1, H, W)`` and raw image score ``(B,)`` of a reconstruction."""
+    def detect(self, reconstruction: Reconstruction, image: Tensor) -> InferenceBatch:
+        """Return raw anomaly map ``(B, 1, H, W)`` and raw image score ``(B,)`` of a reconstruction.
+
+        Args:
+            reconstruction: What :meth:`reconstruct` makes of the image.
+            image: Normalised images ``(B, 3, H, W)``.
+        """
         reconstructions, targets, _ = reconstruction
         level_maps = self.anomaly_map.level_maps(reconstructions, targets)
         anomaly_map = self.anomaly_map.fuse(level_maps, targets)
         if self.segmentation_head is not None:
             anomaly_map = self.segmentation_head.refine(anomaly_map, reconstructions, targets)
+        if self.guided_maps:
+            anomaly_map = follow_edges(anomaly_map, image, levels=len(level_maps))
         if self.even_maps:
             anomaly_map = even_out(anomaly_map)
         if self.coarse_score:
