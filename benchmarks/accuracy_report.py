@@ -142,9 +142,9 @@ class Report:
 
 MODELS_MEAN = """\
 `best` is the configuration as it is, `paper` the paper's model on standardised features, `unias` an earlier
-configuration, without a segmentation head and with moving averages for statistics. The development part (brick, coins,
-magtile, pcb, solar_mono) is what choices are made on; what is held back was seen by earlier ones too. Mean over seeds ±
-standard deviation."""
+configuration, without a segmentation head and with moving averages for statistics; `bank_guided` is `bank_retrieval`
+with the guided filter of `best`. The development part (brick, coins, magtile, pcb, solar_mono) is what choices are made
+on; what is held back was seen by earlier ones too. Mean over seeds ± standard deviation."""
 
 
 def by_model(models: dict[str, Row]) -> dict[str, list[Row]]:
