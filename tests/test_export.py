@@ -578,6 +578,28 @@ def check_float_operations(model: ov.Model) -> None:
     assert {"ReduceL2", "Interpolate"} <= types  # of the cosine distance
 
 
+@pytest.mark.parametrize("whitens", [False, True])
+def test_int8_leaves_targets_that_are_whitened_in_float(whitens: bool) -> None:
+    """The backbone's pointwise convolutions bear 8 bits unless statistics of the errors enlarge what these change."""
+    op = ov.opset13
+    parameter = op.parameter([1, 3], np.float32)
+
+    def times(x: ov.Node, name: str) -> ov.Node:
+        weight = op.constant(np.eye(3, dtype=np.float32))
+        weight.set_friendly_name(name)
+        product = op.matmul(x, weight, False, False)
+        product.set_friendly_name(f"by {name}")
+        return product
+
+    backbone, decoder = "model.backbone.network.blocks.0.0.conv_pwl.weight", "model.pixel_decoder.weight"
+    target = times(parameter, backbone)
+    error = op.subtract(times(times(target, decoder), "model.heads.0.folded_weight"), target)
+    result = times(error, "model.anomaly_map.whitening.whitening_0") if whitens else error
+    floats = float_operations(ov.Model([result], [parameter]))
+    assert (f"by {backbone}" in floats) is whitens
+    assert f"by {decoder}" not in floats
+
+
 def test_int8_of_another_network() -> None:
     parameter = ov.opset13.parameter([1, 3], np.float32)
     model = ov.Model([ov.opset13.relu(parameter)], [parameter])

@@ -16,6 +16,9 @@ FIRST = re.compile(r"model\.pixel_decoder\.")
 POINTWISE = re.compile(r"model\.backbone\..*\.conv_pwl?\.weight")
 """Weights of an EfficientNet's 1x1 convolutions, most of its operations: they bear 8 bits, the rest of it does not."""
 
+WHITENING = re.compile(r"model\.anomaly_map\.whitening\.")
+"""Statistics of the errors. They enlarge what 8 bits change in the targets, so that all the backbone stays in float."""
+
 FOLDED_HEAD = re.compile(r"model\.heads\.\d+\.folded_weight")
 """Weights of folded heads, which end it."""
 
@@ -26,9 +29,10 @@ SECOND_TO_LAST = re.compile(r"model\.heads\.\d+\.convs\.1\.weight")
 def quantize_reconstruction(model: "ov.Model", images: Sequence[np.ndarray]) -> "ov.Model":
     """Quantise an exported UniAS after training, from the pixel decoder to the heads.
 
-    Resize, frequency split and the backbone but its pointwise convolutions stay in float: they make the target of the
-    reconstruction. So do folded heads, the last convolution of the others, cosine distances and their product, where a
-    rounding error is as large as what a defect leaves. All that is quick.
+    Resize, frequency split and backbone stay in float: they make the target of the reconstruction. The backbone's
+    pointwise convolutions do so only where statistics of the errors enlarge what changes in the target. In float stay
+    also folded heads, the last convolution of the others, cosine distances and their product, where a rounding error is
+    as large as what a defect leaves. All that is quick.
 
     Args:
         model: UniAS as exported to OpenVINO in float32.
@@ -65,7 +69,8 @@ def float_operations(model: "ov.Model") -> list[str]:
             f"{SECOND_TO_LAST.pattern!r}, found none: it cannot be quantised."
         )
         raise ValueError(msg)
-    names = [op.get_friendly_name() for op in operations if not POINTWISE.match(_weight(op))]
+    whitens = any(WHITENING.match(_weight(op)) for op in operations)
+    names = [op.get_friendly_name() for op in operations if whitens or not POINTWISE.match(_weight(op))]
     return [name for name in names if name not in quantised or name in behind]
 
 
