@@ -25,7 +25,7 @@ WRITER = Path(__file__).parent / "sample_data" / "write.py"
 RESULTS = Path("results")
 BANK = {"max_patches": 20_000, "coreset_size": 1_000}
 # Picked by hand; the photographs are in the public domain, the solar cells are not.
-SHOWN_PHOTOGRAPHS = ("brick/test/foreign/000.png", "coins/test/chip/000.png", "gravel/test/oil/003.png")
+SHOWN_PHOTOGRAPHS = ("brick/test/foreign/000.png", "coins/test/chip/000.png", "gravel/test/foreign/002.png")
 SHOWN_MISS = ("coins/test/scratch/000.png",)
 SHOWN_SOLAR_CELLS = ("solar_mono/test/inactive/001.png", "solar_poly/test/chip/003.png")
 
