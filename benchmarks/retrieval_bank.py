@@ -23,9 +23,11 @@ ALIKE = 16
 class RetrievalBank(BoundedPatchcore):
     """Patchcore on the same backbone and levels, with retrieval before it compares."""
 
+    guided = False
+
     def __init__(self, backbone: str, *, weights: str | None, visualizer: bool, evaluator: bool) -> None:
         super().__init__(backbone, weights=weights, visualizer=visualizer, evaluator=evaluator)
-        self.model = RetrievalModel(self.model)  # type: ignore[assignment]
+        self.model = RetrievalModel(self.model, guided=self.guided)  # type: ignore[assignment]
 
     def on_fit_start(self) -> None:
         """Begin with an empty bank."""
@@ -42,9 +44,7 @@ class RetrievalBank(BoundedPatchcore):
 class GuidedBank(RetrievalBank):
     """The same with the guided filter of UniAS's recipe `best` behind its maps, which helps any map."""
 
-    def __init__(self, backbone: str, *, weights: str | None, visualizer: bool, evaluator: bool) -> None:
-        super().__init__(backbone, weights=weights, visualizer=visualizer, evaluator=evaluator)
-        self.model.guided = True
+    guided = True
 
 
 class RetrievalModel(nn.Module):
@@ -52,12 +52,13 @@ class RetrievalModel(nn.Module):
 
     Args:
         patchcore: anomalib's model, whose patches and maps these are.
+        guided: Whether the maps end where the images have edges.
     """
 
-    def __init__(self, patchcore: nn.Module) -> None:
+    def __init__(self, patchcore: nn.Module, *, guided: bool) -> None:
         super().__init__()
         self.patchcore: Any = patchcore
-        self.guided = False
+        self.guided = guided
         self.embeddings: list[Tensor] = []
         self.register_buffer("memory_bank", torch.empty(0))
         self.register_buffer("scale", torch.empty(0))
