@@ -6,8 +6,8 @@ metrics of this package. Sections: ``models``, the comparison over seeds, with l
 (``best``) and of the paper on standardised features (``paper``), UniAD and the bank; ``maps``, trained UniAS without
 one or all of the recipe's parts, and other image scores; ``demo``, the trainings of the demo; ``ablations``, UniAS
 retrained with something changed, on fewer epochs; ``levels``, what of each level's error comes from the token grid, and
-how much of a category's variety is reconstructed; ``presets``, the speed of the trained model beside the paper's of
-full size (random weights), both in OpenVINO. The summary also holds the results of ``elpv.py`` beside these.
+how much of a category's variety is reconstructed; ``presets``, the speed of the demo's model, trained, beside the
+paper's of full size (random weights), both in OpenVINO. The summary also holds the results of ``elpv.py`` beside these.
 No checkpoint is selected; the curves only show whether training had converged (without statistics of errors and
 segmentation head, which come when it ends: the last point of a curve jumps). Choices are made on the development part
 (``inspection_means.py``); the recipe's target and statistics were made after figures of all nine were seen.
@@ -561,11 +561,12 @@ def main() -> None:
             study.train("models", run)
     if "maps" in args.sections:
         study.compare_maps(runs[0])
+    demo = replace(study, root=args.work / "demo_data", config=DEMO)
+    demos = demo_runs(args.seeds, args.epochs)
     if "demo" in args.sections:
-        sample = args.work / "demo_data"
-        subprocess.run([sys.executable, DEMO_WRITER, sample], check=True)
-        for run in demo_runs(args.seeds, args.epochs):
-            replace(study, root=sample, config=DEMO).train("demo", run)
+        subprocess.run([sys.executable, DEMO_WRITER, demo.root], check=True)
+        for run in demos:
+            demo.train("demo", run)
     if "ablations" in args.sections:
         for run in ablations:
             study.train("ablations", run)
@@ -573,7 +574,7 @@ def main() -> None:
         study.measure_levels("levels", ablations[-1], level_errors)
         study.measure_levels("explained", runs[0], explained_shares)
     if "presets" in args.sections:
-        study.time_presets(runs[0], args.repeats)
+        demo.time_presets(demos[0], args.repeats)
     print(study.report.markdown())
 
 

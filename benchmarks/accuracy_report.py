@@ -124,7 +124,7 @@ class Report:
         if "presets" in self.results:
             text += [
                 "## Speed of the presets, OpenVINO float32, batch 1, in one run",
-                "`unias_fast.yaml` is `best` above, trained; `unias.yaml` is the paper's of full size, random weights.",
+                "`unias_fast.yaml` is `demo_0`, trained; `unias.yaml` is the paper's of full size, random weights.",
                 table(self.results["presets"], tuple(self.results["presets"][0])),
                 describe(self.results["presets_machine"]),
             ]
