@@ -175,6 +175,16 @@ class Study:
         found = sorted((self.work / name).rglob("model.ckpt"), key=lambda path: path.stat().st_mtime)
         return found[-1] if found else None
 
+    def is_trained(self, run: Run, section: str) -> bool:
+        """Return whether a training has ended and left its weights; if not, say what a section lacks."""
+        checkpoint = self.checkpoint(run.name)
+        if checkpoint is not None:
+            epoch = torch.load(checkpoint, map_location="cpu", weights_only=False)["epoch"]
+            if run.epochs is None or epoch + 1 >= run.epochs:
+                return True
+        print(f"  {section} needs {run.name}, whose training has not ended below {self.work}: run it first", flush=True)
+        return False
+
     def train(self, section: str, run: Run) -> None:
         """Train and test unless done before."""
         if run.name in self.report.rows(section):
@@ -231,7 +241,7 @@ class Study:
 
     def compare_maps(self, run: Run) -> None:
         """Score other maps and image scores of a trained UniAS, each with one thing changed."""
-        if self.checkpoint(run.name) is None or "as configured" in self.report.rows("maps"):
+        if "as configured" in self.report.rows("maps") or not self.is_trained(run, "maps"):
             return
         print("  maps ...", flush=True)
         model, datamodule = self.trained(run)
@@ -242,14 +252,14 @@ class Study:
 
     def measure_levels(self, section: str, run: Run, measure: Callable[[UniAS, Unified], list[Row]]) -> None:
         """Measure the levels of a trained UniAS on good test images."""
-        if self.checkpoint(run.name) is None or section in self.report.results:
+        if section in self.report.results or not self.is_trained(run, section):
             return
         print(f"  {section} ...", flush=True)
         self.report.add_rows(section, measure(*self.trained(run)))
 
     def time_presets(self, run: Run, repeats: int) -> None:
         """Time the exported model of a run, which is ``unias_fast.yaml``'s, beside the paper's of full size."""
-        if self.checkpoint(run.name) is None or "presets" in self.report.results:
+        if "presets" in self.report.results or not self.is_trained(run, "presets"):
             return
         print("  presets ...", flush=True)
         setup = Setup(device=torch.device("cpu"), threads=os.cpu_count() or 1, repeats=repeats, sizes=())
@@ -449,7 +459,6 @@ def ablation_runs(epochs: int) -> list[Run]:
         "loss sign of the release": {"cosine_term": "release"},
     }
     parts = {
-        "no segmentation head": leave_out_head,
         "no statistics of errors": leave_out_statistics,
         "target of the paper": reconstruct_low_frequencies,
         "raw features": leave_out_standardization,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from anomalib.engine import Engine
 from numpy.typing import NDArray
 
@@ -89,6 +90,22 @@ def test_accuracy_summary_is_the_mean_over_seeds_of_means_over_categories(
 
     (tmp_path / "old.json").write_text(json.dumps({"models": {"best_0": run(0.3) | {"means": {}}}}))
     assert report.Report.load(tmp_path / "old").rows("models")["best_0"]["means"]["all"]["AUPRO"] == 34
+
+
+def test_accuracy_says_which_training_a_section_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    accuracy, report = importlib.import_module("accuracy"), importlib.import_module("accuracy_report")
+    study = accuracy.Study(root=tmp_path, work=tmp_path, report=report.Report(tmp_path / "a", {}), deadline=0)
+    run = accuracy.Run(name="best_0", model=UniAS, epochs=12)
+    study.compare_maps(run)
+    (tmp_path / "best_0").mkdir()
+    torch.save({"epoch": 10}, tmp_path / "best_0" / "model.ckpt")
+    study.compare_maps(run)
+    assert capsys.readouterr().out.count("maps needs best_0") == 2
+    torch.save({"epoch": 11}, tmp_path / "best_0" / "model.ckpt")
+    assert study.is_trained(run, "maps")
 
 
 @pytest.fixture(scope="module")
