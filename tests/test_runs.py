@@ -213,9 +213,16 @@ def one_thread() -> Iterator[None]:
     [(UniAS, 1, 0, None), (UniAS, 2, 0, None), (UniAD, 2, 1, None), (UniAS, 2, 0, 24)],
 )
 def test_a_killed_run_goes_on_to_the_weights_and_metrics_of_one_that_was_not(
-    model_class: type[UniAS | UniAD], every: int, workers: int, tile_size: int | None, root: Path, tmp_path: Path
+    model_class: type[UniAS | UniAD],
+    every: int,
+    workers: int,
+    tile_size: int | None,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Order, augmentation, tiles, jitter and dropout are drawn as if it had not stopped."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(CONFIGS.parent)])  # the new process finds this file by it
     arguments: dict[str, Any] = {"every": every, "workers": workers, "tile_size": tile_size}
     process = multiprocessing.get_context("spawn").Process(  # a fork of a process that has trained cannot train
         target=train_in_one_thread, args=(model_class, tmp_path, root), kwargs=arguments | {"kill": 3 * BATCHES + 2}
