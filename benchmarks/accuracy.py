@@ -429,8 +429,8 @@ def model_runs(seeds: Iterable[int], epochs: int | None) -> list[Run]:
             Run(name=f"best_{seed}", model=UniAS, arguments=unias | {"seed": seed}, epochs=epochs_of_unias),
             paper_run(f"paper_{seed}", unias | {"seed": seed}, epochs_of_unias),
             Run(name=f"uniad_{seed}", model=UniAD, arguments=uniad | {"seed": seed}, epochs=epochs or UNIAD_EPOCHS),
+            Run(name=f"patchcore_{seed}", model=BoundedPatchcore, arguments=backbone | {"seed": seed}),
         ]
-    runs.append(Run(name="patchcore_0", model=BoundedPatchcore, arguments=backbone))
     runs.append(Run(name="bank_retrieval_0", model=RetrievalBank, arguments=backbone))
     runs.append(Run(name="bank_guided_0", model=GuidedBank, arguments=backbone))
     return runs
