@@ -77,6 +77,10 @@ class Run:
     epochs: int | None = None
     change: Callable[[UniASModel], None] | None = None
 
+    def has_ended(self, saved: dict[str, Any]) -> bool:
+        """Return whether a checkpoint, or ``{}``, is that of the last of its epochs."""
+        return self.epochs is not None and saved.get("epoch", -1) + 1 >= self.epochs
+
     def build(self) -> AnomalibModule:
         """Return the model, not trained."""
         model = self.model(**self.arguments, evaluator=False)
@@ -178,10 +182,8 @@ class Study:
     def is_trained(self, run: Run, section: str) -> bool:
         """Return whether a training has ended and left its weights; if not, say what a section lacks."""
         checkpoint = self.checkpoint(run.name)
-        if checkpoint is not None:
-            epoch = torch.load(checkpoint, map_location="cpu", weights_only=False)["epoch"]
-            if run.epochs is None or epoch + 1 >= run.epochs:
-                return True
+        if checkpoint is not None and run.has_ended(torch.load(checkpoint, map_location="cpu", weights_only=False)):
+            return True
         print(f"  {section} needs {run.name}, whose training has not ended below {self.work}: run it first", flush=True)
         return False
 
@@ -217,7 +219,7 @@ class Study:
         stop = StopAtDeadline(self.deadline)
         engine = Engine(default_root_dir=self.work / run.name, callbacks=[*callbacks, stop], **length)
         saved = {} if checkpoint is None else torch.load(checkpoint, map_location="cpu", weights_only=False)
-        if run.epochs is not None and saved.get("epoch", 0) + 1 >= run.epochs:  # it was trained, but not tested
+        if run.has_ended(saved):  # it was trained, but not tested
             model.load_state_dict(saved["state_dict"])
             datamodule.setup()
             for callback in callbacks:

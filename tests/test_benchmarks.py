@@ -106,6 +106,7 @@ def test_accuracy_says_which_training_a_section_lacks(
     assert capsys.readouterr().out.count("maps needs best_0") == 2
     torch.save({"epoch": 11}, tmp_path / "best_0" / "model.ckpt")
     assert study.is_trained(run, "maps")
+    assert not accuracy.Run(name="short", model=UniAS, epochs=1).has_ended({})  # no checkpoint
 
 
 @pytest.fixture(scope="module")
