@@ -4,7 +4,8 @@
 ``accuracy`` exports a trained checkpoint with anomalib's engine and runs every test image, at its native size and at
 those asked for, through PyTorch and through OpenVINO; metrics are those of this package, on the outputs as they are
 deployed (normalised). A map's correlation is that with PyTorch's of the same image, at the same size.
-``speed`` times the model of that checkpoint and UniAS at full size (random weights), the variants taking turns.
+``speed`` times the model of that checkpoint and UniAS at full size (random weights, both recipes), the variants taking
+turns.
 INT8 is ``INT8_PTQ``, calibrated on the training images of every category.
 
 python benchmarks/export.py accuracy DATA CHECKPOINT --name inspection --sizes native 256 1024
@@ -34,6 +35,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_uniass import UniAS, Unified
 from anomalib_uniass.deploy.validation import Predict, checkpoint_model, exported_model
 from anomalib_uniass.metrics import CategoryMetrics
+from anomalib_uniass.models.unias.torch_model import Recipe
 
 VARIANTS: dict[str, tuple[CompressionType | None, str]] = {
     "OpenVINO float32": (None, "f32"),
@@ -67,14 +69,22 @@ def main() -> None:
         if args.section == "accuracy":
             rows = accuracy(model, datamodule, Path(folder), sizes=args.sizes, every=args.every)
         else:
-            rows = speed({f"{args.name} model": model, "full size": full_size()}, datamodule, Path(folder))
+            models = {
+                f"{args.name} model": model,
+                "full size": full_size("paper"),
+                "full size, best": full_size("best"),
+            }
+            rows = speed(models, datamodule, Path(folder))
     write(args.output, args.section, args.name, rows)
 
 
-def full_size() -> UniAS:
-    """Return the default UniAS with random weights, layer norms included, for an untrained one is not exported."""
-    model = UniAS(pre_trained=False, seed=0, evaluator=False, visualizer=False).eval()
+def full_size(recipe: Recipe) -> UniAS:
+    """Return UniAS of full size with random weights, layer norms included, for an untrained one is not exported."""
+    model = UniAS(pre_trained=False, recipe=recipe, seed=0, evaluator=False, visualizer=False).eval()
     nn.init.uniform_(model.model.norm.weight, 0.5, 1.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("fitted"):
+            buffer.fill_(True)  # all that a training leaves is computed with, whatever its values
     return model
 
 
