@@ -120,7 +120,7 @@ def test_other_thresholds_beside_the_export_are_other_decisions(trained: Path, t
     assert code == 1
     (_, other) = found["models"].values()
     assert other["other_decisions"] == flagged
-    assert "of the decisions differ" in other["problems"][0]
+    assert f"{flagged} of {len(data.test_data)} decisions differ, allowed are 1 %" in other["problems"][0]
     assert "Decided otherwise by" in (tmp_path / "out" / "report.html").read_text()
 
 
