@@ -103,7 +103,7 @@ class Findings:
             if drop > tolerance.metric_drop:
                 found.append(f"{key} is lower by {drop:.2f} points, allowed are {tolerance.metric_drop:g}")
         others, images = len(self.decisions or ()), len(self.seconds)
-        if others > tolerance.decisions * images:
+        if others / images > tolerance.decisions:
             found.append(f"{others} of {images} decisions differ, allowed are {100 * tolerance.decisions:g} %")
         if tolerance.difference is not None and self.largest_difference > tolerance.difference:
             found.append(f"outputs differ by {self.largest_difference:.2g}, allowed are {tolerance.difference:g}")
