@@ -10,9 +10,19 @@ from torch.nn.parallel import DistributedDataParallel
 T = TypeVar("T")
 
 
+def is_distributed() -> bool:
+    """Return whether this is one of several processes of a run."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def is_first_process() -> bool:
+    """Return whether this is process 0, or the only one."""
+    return not is_distributed() or distributed.get_rank() == 0
+
+
 def of_all_processes(value: T) -> list[T]:
     """Return the values of all processes by rank; the value alone without a distributed run."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not is_distributed():
         return [value]
     values: list[T | None] = [None] * distributed.get_world_size()
     distributed.all_gather_object(values, value)

@@ -42,13 +42,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from retrieval_bank import GuidedBank, RetrievalBank
 from speed import interleave, speedup, spread
 from speed_models import Setup, openvino, runtime
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass import BoundedPatchcore, UniAD, UniAS, Unified
 from anomalib_uniass.layers.standardization import FeatureStandardization
 from anomalib_uniass.metrics import CategoryMetrics, CategoryMetricsCallback
-from anomalib_uniass.models.unias.anomaly_map import image_score
+from anomalib_uniass.models.unias.detector.distances import CosineDistances
+from anomalib_uniass.models.unias.detector.image_score import standard_deviation, top
+from anomalib_uniass.models.unias.detector.recipes import RECIPES
 from anomalib_uniass.models.unias.torch_model import Reconstruction, UniASModel
 
 CONFIG = Path(__file__).parent / "configs" / "inspection.yaml"
@@ -57,6 +59,9 @@ DEMO_WRITER = Path(__file__).parent / "sample_data" / "write.py"
 SECTIONS = ("models", "maps", "demo", "ablations", "levels", "presets")
 UNIAD_EPOCHS = 24  # longer than UniAS: it learns more slowly and an epoch takes less
 CURVE_SHARES = (0.125, 0.25, 0.5, 0.75)  # of the epochs; the last point of a curve is the test itself
+
+Changes = dict[str, Any]
+"""What is put in the place of parts of a network, by their names; None leaves a part out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +73,14 @@ class Run:
         model: Class of the model.
         arguments: Its constructor's arguments.
         epochs: Length of the training; None leaves it to the model.
-        change: What is done to the network before it is trained.
+        changes: Tells what is changed of the network before it is trained, see :func:`change`.
     """
 
     name: str
     model: type[AnomalibModule]
     arguments: dict[str, Any] = field(default_factory=dict)
     epochs: int | None = None
-    change: Callable[[UniASModel], None] | None = None
+    changes: Callable[[UniASModel], Changes] | None = None
 
     def has_ended(self, saved: dict[str, Any]) -> bool:
         """Return whether a checkpoint, or ``{}``, is that of the last of its epochs."""
@@ -84,8 +89,8 @@ class Run:
     def build(self) -> AnomalibModule:
         """Return the model, not trained."""
         model = self.model(**self.arguments, evaluator=False)
-        if self.change is not None:
-            self.change(model.model)
+        if self.changes is not None:
+            change(model.model, self.changes(model.model))
         return model
 
 
@@ -370,40 +375,43 @@ class Shared:
 def map_variants(network: UniASModel) -> dict[str, Callable[[Reconstruction, Tensor], Prediction]]:
     """Return ways to make map and score of a reconstruction, each with one thing changed."""
 
-    def changed(change: Callable[[UniASModel], None]) -> Callable[[Reconstruction, Tensor], Prediction]:
+    def changed(changes: Changes) -> Callable[[Reconstruction, Tensor], Prediction]:
         other = deepcopy(network)
-        change(other)
+        change(other, changes)
         return other.detect
 
-    def scored(reduction: Any) -> Callable[[Reconstruction, Tensor], Prediction]:
+    def scored(score: Callable[[Tensor], Tensor]) -> Callable[[Reconstruction, Tensor], Prediction]:
         def predict(reconstruction: Reconstruction, image: Tensor) -> Prediction:
             anomaly_map = network.detect(reconstruction, image).anomaly_map
-            return Prediction(anomaly_map, image_score(anomaly_map, reduction=reduction))
+            return Prediction(anomaly_map, score(anomaly_map))
 
         return predict
 
     def level(number: int) -> Callable[[Reconstruction, Tensor], Prediction]:
         def predict(reconstruction: Reconstruction, image: Tensor) -> Prediction:
-            del image
-            maps = network.anomaly_map.level_maps(reconstruction.reconstructions, reconstruction.targets)
+            maps = network.detector.distances(network.residual(reconstruction, image))
             level_map = F.interpolate(maps[number], scale_factor=2.0, mode="bilinear", align_corners=True)
-            return Prediction(level_map, image_score(level_map, reduction="top"))
+            return Prediction(level_map, top(level_map))
 
         return predict
 
-    parts = {
-        "no guided filter": leave_out_guided_filter,
-        "no segmentation head": leave_out_head,
-        "maps not evened out": leave_out_evenness,
-        "no directions of errors": leave_out_directions,
-        "no statistics of errors": leave_out_statistics,
-        "all levels everywhere": keep_all_levels,
-        "no blur of levels": leave_out_blur,
-        "map of the paper": leave_out_everything,
+    shapes, distances = (network.backbone.channels[::-1], network.image_size), network.detector.distances
+    changes: dict[str, Changes] = {
+        "no guided filter": {"detector.parts.guided_filter": None},
+        "no segmentation head": {"detector.parts.segmentation_head": None},
+        "maps not evened out": {"detector.parts.evenness": None},
+        "no directions of errors": {"detector.distances.directions": None},
+        "no statistics of errors": {"detector.distances": CosineDistances(network.image_size)},
+        "all levels everywhere": {
+            "detector.distances.whitening.exponents": torch.ones_like(distances.whitening.exponents)
+        },
+        "no blur of levels": {"detector.distances.blurs": nn.ModuleList(nn.Identity() for _ in distances.blurs)},
+        "map of the paper": {"detector": RECIPES["paper"].detector(*shapes)},
     }
+    scores = {"std": lambda x: standard_deviation(x, []), "max": lambda x: x.amax(dim=(1, 2, 3)), "top": top}
     return (
-        {name: changed(part) for name, part in parts.items()}
-        | {f"score {name} of the whole map": scored(name) for name in ("std", "max", "top")}
+        {name: changed(change) for name, change in changes.items()}
+        | {f"score {name} of the whole map": scored(score) for name, score in scores.items()}
         | {f"level {4 - number} alone": level(number) for number in range(len(network.heads))}
     )
 
@@ -441,12 +449,13 @@ def model_runs(seeds: Iterable[int], epochs: int | None) -> list[Run]:
 def paper_run(name: str, arguments: dict[str, Any], epochs: int) -> Run:
     """Return a training of the paper's model, but on standardised features: they help short trainings."""
     paper = arguments | {"recipe": "paper"}
-    return Run(name=name, model=UniAS, arguments=paper, epochs=epochs, change=standardize_features)
-
-
-def standardize_features(network: UniASModel) -> None:
-    """Standardise the backbone's features, of which the paper says nothing."""
-    network.standardization = FeatureStandardization(network.backbone.channels)
+    return Run(
+        name=name,
+        model=UniAS,
+        arguments=paper,
+        epochs=epochs,
+        changes=lambda network: {"standardization": FeatureStandardization(network.backbone.channels)},
+    )
 
 
 def ablation_runs(epochs: int) -> list[Run]:
@@ -460,88 +469,38 @@ def ablation_runs(epochs: int) -> list[Run]:
         "width 128": {"hidden_dim": 128, "feedforward_dim": 512},
         "loss sign of the release": {"cosine_term": "release"},
     }
-    parts = {
-        "no statistics of errors": leave_out_statistics,
-        "target of the paper": reconstruct_low_frequencies,
-        "raw features": leave_out_standardization,
-        "no Gaussian split": leave_out_split,
-        "no MGG-CNN in the decoder": leave_out_mgg_cnn,
+    parts: dict[str, Callable[[UniASModel], Changes]] = {
+        "no statistics of errors": lambda network: {"detector.distances": CosineDistances(network.image_size)},
+        "target of the paper": lambda _: {"low_frequencies": True},
+        "raw features": lambda _: {"standardization": None},
+        "no Gaussian split": lambda _: {"frequency_split": NoSplit()},
+        "no MGG-CNN in the decoder": lambda network: {
+            f"decoder.blocks.{i}.mgg_cnn": nn.Identity() for i in range(len(network.decoder.blocks))
+        },
     }
     runs = [Run(name=name, model=UniAS, arguments=base | change, epochs=epochs) for name, change in changes.items()]
-    runs += [Run(name=name, model=UniAS, arguments=base, epochs=epochs, change=part) for name, part in parts.items()]
+    runs += [Run(name=name, model=UniAS, arguments=base, epochs=epochs, changes=part) for name, part in parts.items()]
     runs.append(paper_run("the paper on standardised features", base, epochs))
     return [replace(run, name=f"ablation_{run.name.replace(' ', '_')}") for run in runs]
 
 
-def leave_out_head(network: UniASModel) -> None:
-    """Make the map of the distances alone."""
-    network.segmentation_head = None
+def change(network: UniASModel, changes: Changes) -> None:
+    """Put something else in the place of parts of a network; None leaves a part out."""
+    for name, value in changes.items():
+        *above, last = name.split(".")
+        parent = network.get_submodule(".".join(above))
+        if value is None and isinstance(parent, nn.ModuleDict):
+            del parent[last]
+        else:
+            setattr(parent, last, value)
 
 
-def leave_out_statistics(network: UniASModel) -> None:
-    """Let all errors weigh alike."""
-    network.anomaly_map.whitening = None
-
-
-def leave_out_guided_filter(network: UniASModel) -> None:
-    """Take the maps as wide as they are."""
-    network.guided_maps = False
-
-
-def leave_out_evenness(network: UniASModel) -> None:
-    """Take the maps as they are."""
-    network.even_maps = False
-
-
-def leave_out_directions(network: UniASModel) -> None:
-    """Let errors of known directions count as much as others."""
-    network.anomaly_map.whitening.directions.fitted.fill_(False)
-
-
-def keep_all_levels(network: UniASModel) -> None:
-    """Compare fine levels of every cluster, whatever the reconstruction explains there."""
-    network.anomaly_map.whitening.exponents.fill_(1)
-
-
-def leave_out_blur(network: UniASModel) -> None:
-    """Fuse the levels as they are."""
-    network.anomaly_map.blurs = torch.nn.ModuleList(torch.nn.Identity() for _ in network.anomaly_map.blurs)
-
-
-def leave_out_everything(network: UniASModel) -> None:
-    """Make the map and the score of the paper."""
-    for part in (leave_out_head, leave_out_statistics, leave_out_guided_filter, leave_out_evenness):
-        part(network)
-    network.coarse_score = False
-
-
-def reconstruct_low_frequencies(network: UniASModel) -> None:
-    """Reconstruct the paper's target."""
-    network.low_frequencies = True
-
-
-def leave_out_standardization(network: UniASModel) -> None:
-    """Feed the network the backbone's features as they are."""
-    network.standardization = None
-
-
-class NoSplit(torch.nn.Module):
+class NoSplit(nn.Module):
     """Stands for the Gaussian split: the features themselves, and nothing where their high frequencies would be."""
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return features and the inputs of the network, as wide as ever."""
         return list(features), [torch.cat([feature, torch.zeros_like(feature)], dim=1) for feature in features]
-
-
-def leave_out_split(network: UniASModel) -> None:
-    """Feed the network features that are not split."""
-    network.frequency_split = NoSplit()
-
-
-def leave_out_mgg_cnn(network: UniASModel) -> None:
-    """Leave out the MGG-CNN behind each decoder block."""
-    for block in network.decoder.blocks:
-        block.mgg_cnn = torch.nn.Identity()
 
 
 def main() -> None:

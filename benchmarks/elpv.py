@@ -41,13 +41,17 @@ from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_uniass import UniAS
 from anomalib_uniass.metrics.functional import image_metrics
-from anomalib_uniass.models.unias.anomaly_map import image_score
+from anomalib_uniass.models.unias.detector.image_score import standard_deviation, top
 
 Gray = NDArray[np.uint8]
 Scores = dict[int, float]  # by index of the cell, higher is more anomalous
 MEDIAN_GREY = 128
 FOLDERS = {("train", 0): "train/good", ("test", 0): "test/good", ("test", 1): "test/defect"}
-REDUCTIONS = ("std", "max", "top")
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "std": lambda x: standard_deviation(x, []),
+    "max": lambda x: x.amax(dim=(1, 2, 3)),
+    "top": top,
+}
 
 
 @dataclass(frozen=True)
@@ -232,11 +236,11 @@ def image_scores(model: LightningModule, loader: DataLoader[Any], device: torch.
         image = model.pre_processor.transform(batch.image.to(device))
         prediction = model.model(image)
         columns: dict[str, Tensor] = {"own": prediction.pred_score.flatten()}
-        for reduction in REDUCTIONS:
-            columns[reduction] = image_score(prediction.anomaly_map, reduction=reduction)  # type: ignore[arg-type]
+        columns |= {name: reduce(prediction.anomaly_map) for name, reduce in REDUCTIONS.items()}
         if isinstance(model, UniAS):
-            level_4, level_3, *_ = model.model.anomaly_map.level_maps(*model.model.reconstruct(image)[:2])
-            columns["levels 4 and 3"] = image_score(level_4 * level_3)
+            residual = model.model.residual(model.model.reconstruct(image), image)
+            level_4, level_3, *_ = model.model.detector.distances(residual)
+            columns["levels 4 and 3"] = standard_deviation(level_4 * level_3, [])
         for name, values in columns.items():
             indices = (int(Path(path).stem) for path in batch.image_path)
             scores[name].update(zip(indices, values.tolist(), strict=True))

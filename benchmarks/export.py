@@ -35,7 +35,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_uniass import UniAS, Unified
 from anomalib_uniass.deploy.validation import Predict, checkpoint_model, exported_model
 from anomalib_uniass.metrics import CategoryMetrics
-from anomalib_uniass.models.unias.torch_model import Recipe
+from anomalib_uniass.models.unias.detector.recipes import RecipeName
 
 VARIANTS: dict[str, tuple[CompressionType | None, str]] = {
     "OpenVINO float32": (None, "f32"),
@@ -78,7 +78,7 @@ def main() -> None:
     write(args.output, args.section, args.name, rows)
 
 
-def full_size(recipe: Recipe) -> UniAS:
+def full_size(recipe: RecipeName) -> UniAS:
     """Return UniAS of full size with random weights, layer norms included, for an untrained one is not exported."""
     model = UniAS(pre_trained=False, recipe=recipe, seed=0, evaluator=False, visualizer=False).eval()
     nn.init.uniform_(model.model.norm.weight, 0.5, 1.5)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass import BoundedPatchcore
-from anomalib_uniass.models.unias.guided_filter import follow_edges
+from anomalib_uniass.models.unias.detector.guided_filter import follow_edges
 
 ALIKE = 16
 """Retrieved images of a test image, chosen of 4, 16 and 48 on the development part."""
@@ -86,7 +86,7 @@ class RetrievalModel(nn.Module):
         distances = torch.stack([self.distances(one) for one in patches])[:, None]
         anomaly_map = self.patchcore.anomaly_map_generator(distances, image.shape[-2:])
         if self.guided:
-            anomaly_map = follow_edges(anomaly_map, image, levels=1)
+            anomaly_map = follow_edges(anomaly_map, image)
         return InferenceBatch(anomaly_map=anomaly_map, pred_score=distances.amax(dim=(1, 2, 3)))
 
     def distances(self, patches: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from PIL import Image
 from anomalib_uniass.__main__ import main as our_main
 from anomalib_uniass.benchmark import check_entries
 from anomalib_uniass.metrics.functional import METRICS
-from anomalib_uniass.models.unias.segmentation_head import SegmentationHead
+from anomalib_uniass.models.unias.detector.segmentation_head import SegmentationHead
 from tests.helpers.datasets import make_mvtec_layout
 from tests.helpers.sample_data import write_small_sample
 

@@ -28,7 +28,7 @@ from sklearn.metrics import average_precision_score
 from anomalib_uniass import UniAD, UniAS, Unified
 from anomalib_uniass.deploy import export as exporting
 from anomalib_uniass.deploy.quantization import float_operations
-from anomalib_uniass.models.unias import lightning_model
+from anomalib_uniass.models.unias.detector import segmentation_head
 
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 OUTPUTS = ("anomaly_map", "pred_score", "pred_label", "pred_mask")
@@ -239,7 +239,7 @@ def test_options_that_are_not_the_papers_are_exported(
     folder: Path, tmp_path: Path, backbone: str, accelerate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Standardised features, statistics of errors and a segmentation head, behind folded heads and plain ones."""
-    monkeypatch.setattr(lightning_model, "SEGMENTATION_BATCHES", 10)
+    monkeypatch.setattr(segmentation_head, "BATCHES", 10)
     model = UniAS(
         backbone=backbone, pre_trained=False, image_size=(128, 128), hidden_dim=32, feedforward_dim=32,
         recipe="best", accelerate=accelerate, seed=0,
@@ -594,7 +594,7 @@ def test_int8_leaves_targets_that_are_whitened_in_float(whitens: bool) -> None:
     backbone, decoder = "model.backbone.network.blocks.0.0.conv_pwl.weight", "model.pixel_decoder.weight"
     target = times(parameter, backbone)
     error = op.subtract(times(times(target, decoder), "model.heads.0.folded_weight"), target)
-    result = times(error, "model.anomaly_map.whitening.whitening_0") if whitens else error
+    result = times(error, "model.detector.distances.whitening.whitening_0") if whitens else error
     floats = float_operations(ov.Model([result], [parameter]))
     assert (f"by {backbone}" in floats) is whitens
     assert f"by {decoder}" not in floats

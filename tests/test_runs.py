@@ -125,9 +125,9 @@ def test_statistics_of_the_last_weights_come_before_thresholds_and_checkpoint(
     run, model = engine(tmp_path, max_epochs=5 if stop else 2, callbacks=stop), UniAS(**SMALL, recipe="best")
     run.fit(model, datamodule=data(root))
     assert checkpoint_of(run)["global_step"] == 2 * BATCHES
-    saved = UniAS.load_from_checkpoint(run.best_model_path).model.anomaly_map.whitening
+    saved = UniAS.load_from_checkpoint(run.best_model_path).model.detector.distances.whitening
     assert saved is not None and saved.fitted
-    assert torch.equal(saved.whitening_0, model.model.anomaly_map.whitening.whitening_0)
+    assert torch.equal(saved.whitening_0, model.model.detector.distances.whitening.whitening_0)
     check_thresholds(run.best_model_path, root, tmp_path)
 
 

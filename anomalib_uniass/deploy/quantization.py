@@ -16,7 +16,7 @@ FIRST = re.compile(r"model\.pixel_decoder\.")
 POINTWISE = re.compile(r"model\.backbone\..*\.conv_pwl?\.weight")
 """Weights of an EfficientNet's 1x1 convolutions, most of its operations: they bear 8 bits, the rest of it does not."""
 
-WHITENING = re.compile(r"model\.anomaly_map\.whitening\.")
+WHITENING = re.compile(r"model\.detector\.distances\.whitening\.")
 """Statistics of the errors. They enlarge what 8 bits change in the targets, so that all the backbone stays in float."""
 
 FOLDED_HEAD = re.compile(r"model\.heads\.\d+\.folded_weight")

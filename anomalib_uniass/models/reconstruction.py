@@ -49,7 +49,7 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, TiledMixin, ExportM
     """Training, checkpoints and export of a frozen backbone with a trainable reconstruction network.
 
     Expects of the class it is mixed into: ``self.model``, a :class:`~anomalib_uniass.layers.tiling.TiledModel` with
-    ``backbone``, ``anomaly_map``, ``reconstruct`` and ``detect``; ``self.loss`` of what ``reconstruct`` returns;
+    ``backbone``, ``reconstruct`` and ``detect``; ``self.loss`` of what ``reconstruct`` returns;
     and the constructor arguments ``learning_rate``, ``weight_decay``, ``lr_schedule``, ``lr_step_epochs``,
     ``max_epochs``, ``pre_trained``, ``weights``, ``tile_size`` and ``stride``.
 

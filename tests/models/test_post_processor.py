@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from anomalib_uniass import UniAD, UniAS, Unified
 from anomalib_uniass.layers.tiling import TiledModel
-from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator
+from anomalib_uniass.models.unias.detector.recipes import paper
 from anomalib_uniass.models.unias.torch_model import Reconstruction
 from anomalib_uniass.thresholds.calibration import (
     image_thresholds,
@@ -301,8 +301,7 @@ class Distances(TiledModel):
         self.layers = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 1, 3, padding=1), nn.LayerNorm(128))
         for parameter in self.parameters():
             nn.init.constant_(parameter, 0.01)
-        self.anomaly_map = AnomalyMapGenerator((128, 128))
-        self.segmentation_head = None
+        self.detector = paper((1, 1, 1, 1), (128, 128))
 
     def reconstruct(self, x: Tensor) -> Reconstruction:
         return Reconstruction([x], [x])

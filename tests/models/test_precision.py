@@ -10,11 +10,14 @@ from anomalib.engine import Engine
 from torch import Tensor, nn
 
 from anomalib_uniass import UniAD, UniAS, Unified
-from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, cosine_distance
+from anomalib_uniass.models.unias.detector.clusters import Clusters
+from anomalib_uniass.models.unias.detector.distances import CosineDistances, cosine_distance
+from anomalib_uniass.models.unias.detector.residual import Residual
+from anomalib_uniass.models.unias.detector.whitening import Whitening
 from anomalib_uniass.models.unias.loss import ReconstructionLoss
-from anomalib_uniass.models.unias.residual_whitening import ResidualWhitening
 from anomalib_uniass.models.unias.torch_model import Reconstruction, UniASModel
 from tests.helpers.datasets import make_mvtec_layout
+from tests.models.test_whitening import Seen
 
 SIZE = (128, 64)
 TINY: dict[str, Any] = {
@@ -72,9 +75,9 @@ def _map(model: nn.Module, reconstruction: Any, target: Any, image: Tensor) -> T
 def _score(model: nn.Module, anomaly_map: Tensor, wide: list[Any]) -> Tensor:
     """Return the papers' scores of the releases, and the mean of the highest pixels of the coarse levels."""
     if isinstance(model, UniASModel):
-        if not model.coarse_score:
+        if not model.detector.parts:
             return anomaly_map.flatten(1).std(dim=1)
-        coarse, finer, *_ = model.anomaly_map.level_maps(*wide)
+        coarse, finer, *_ = model.detector.distances(model.detector.residual(anomaly_map, *wide))
         pixels = (coarse * finer).square().flatten(1)
         return pixels.topk(round(0.003 * pixels.shape[1]), dim=1).values.mean(dim=1)
     return nn.functional.avg_pool2d(anomaly_map, 16, stride=1).amax(dim=(1, 2, 3))
@@ -83,14 +86,15 @@ def _score(model: nn.Module, anomaly_map: Tensor, wide: list[Any]) -> Tensor:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_product_of_four_small_distances(dtype: torch.dtype) -> None:
     """Vectors of two channels at angles of distance 0.01, up to the rounding of their type."""
-    generator = AnomalyMapGenerator((32, 32))
+    distances = CosineDistances((32, 32))
     targets = [torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 2 * 2**i, 2 * 2**i).to(dtype) for i in range(4)]
     angle = torch.tensor(0.99).acos()
     vector = torch.stack([angle.cos(), angle.sin()]).to(dtype)
     reconstructions = [vector.view(1, 2, 1, 1).expand_as(t) for t in targets]
     distance = 1 - vector[0].double() / vector.double().norm()
     with torch.autocast("cpu", dtype):
-        anomaly_map = generator(reconstructions, targets)
+        residual = Residual(targets[0], reconstructions, targets)
+        anomaly_map = distances.fuse(distances(residual), residual)
     assert float(distance) == pytest.approx(0.01, rel=0.1)
     expected = torch.full((1, 1, 32, 32), float(distance**4))
     torch.testing.assert_close(anomaly_map, expected, rtol=1e-4, atol=0)
@@ -99,19 +103,19 @@ def test_product_of_four_small_distances(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_clusters_and_whitening_ignore_autocast(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    whitening = ResidualWhitening((64, 8), clusters=2)
+    kinds, whitening = Clusters(64, clusters=2), Whitening((64, 8), clusters=2)
     # Clusters nearer to each other than bfloat16 tells apart at this distance from the origin.
     descriptors = 100 + 0.1 * torch.randn(8, 64, 1, 1, generator=generator)
-    whitening.fit_clusters(descriptors.split(4))
+    kinds.fit(Seen([([], [part]) for part in descriptors.split(4)], kinds))
     features = descriptors.expand(8, 64, 2, 3) + torch.zeros(8, 64, 2, 3)
-    clusters = whitening.clusters(features)
+    clusters = kinds(features)
     assert len(clusters.unique()) == 2
-    expected = whitening.whiten(0, features, clusters)
+    expected = whitening(0, features, clusters)
     with torch.autocast("cpu", dtype):
-        assert torch.equal(whitening.clusters(features), clusters)
-        assert torch.equal(whitening.whiten(0, features, clusters), expected)
-        low = whitening.whiten(0, features.to(dtype), clusters)
-    assert torch.equal(low, whitening.whiten(0, features.to(dtype).float(), clusters))
+        assert torch.equal(kinds(features), clusters)
+        assert torch.equal(whitening(0, features, clusters), expected)
+        low = whitening(0, features.to(dtype), clusters)
+    assert torch.equal(low, whitening(0, features.to(dtype).float(), clusters))
 
 
 @pytest.mark.parametrize("dtype", HALVES)

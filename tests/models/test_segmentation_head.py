@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass import UniAS, Unified
-from anomalib_uniass.models.unias import lightning_model
-from anomalib_uniass.models.unias.pseudo_defects import SMALLEST, add_pseudo_defects
-from anomalib_uniass.models.unias.segmentation_head import SegmentationHead, segmentation_loss
+from anomalib_uniass.models.unias.detector import segmentation_head
+from anomalib_uniass.models.unias.detector.pseudo_defects import SMALLEST, add_pseudo_defects
+from anomalib_uniass.models.unias.detector.residual import Residual
+from anomalib_uniass.models.unias.detector.segmentation_head import SegmentationHead, segmentation_loss
 from tests.helpers.datasets import make_mvtec_layout
 
 CHANNELS = (12, 6)
@@ -95,7 +97,7 @@ def test_loss_of_good_images_is_finite() -> None:
 # --- Head ---
 
 
-def residuals(images: Tensor, good: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def residual(images: Tensor, good: Tensor) -> Residual:
     """Features of two levels by fixed projections, and those of the good image as if it had been reconstructed."""
     generator = torch.Generator().manual_seed(0)
     kernels = [torch.randn(c, 3, 1, 1, generator=generator) for c in CHANNELS]
@@ -103,7 +105,22 @@ def residuals(images: Tensor, good: Tensor) -> tuple[list[Tensor], list[Tensor]]
         [F.conv2d(F.avg_pool2d(x, stride), kernel) for stride, kernel in zip((8, 4), kernels, strict=True)]
         for x in (good.expand_as(images), images)
     ]
-    return levels[0], levels[1]
+    return Residual(images, *levels)
+
+
+@dataclass
+class Seen:
+    """A training set of one good image."""
+
+    good: Tensor
+    steps: int
+
+    def random_images(self, batches: int, *, size: int, what: str) -> Iterator[Tensor]:
+        del what
+        return (self.good.expand(size, -1, -1, -1) for _ in range(batches))
+
+    def residual(self, images: Tensor) -> Residual:
+        return residual(images, self.good)
 
 
 def test_head_learns_what_a_defect_is() -> None:
@@ -111,11 +128,12 @@ def test_head_learns_what_a_defect_is() -> None:
     head = SegmentationHead(CHANNELS, image_size=(64, 64))
     defective, masks = add_pseudo_defects(good.expand(40, -1, -1, -1))
     with torch.no_grad():
-        before = head(*residuals(defective, good))
+        before = head.logits(*residual(defective, good)[1:3])
     torch.testing.assert_close(before, before[:1, :, :1, :1].expand_as(before))
-    head.fit((good.expand(8, -1, -1, -1) for _ in range(50)), lambda x: residuals(x, good), count=50)
+    seen = Seen(good, steps=50)
+    head.learn(seen.random_images(50, size=8, what=""), seen, count=50)
     with torch.no_grad():
-        after = head(*residuals(defective, good))
+        after = head.logits(*residual(defective, good)[1:3])
     assert head.fitted and not any(p.requires_grad for p in head.parameters())
     ap = average_precision_score(masks.flatten().numpy(), after.flatten().numpy())
     assert ap > 0.35 > 4 * masks.mean()
@@ -125,7 +143,7 @@ def test_untrained_head_keeps_the_order_of_the_map() -> None:
     head = SegmentationHead(CHANNELS, image_size=(64, 64))
     anomaly_map = torch.rand(2, 1, 64, 64)
     levels = [torch.randn(2, c, s, s) for c, s in zip(CHANNELS, (8, 16), strict=True)]
-    refined = head.refine(anomaly_map, levels, [torch.randn_like(level) for level in levels])
+    refined = head(anomaly_map, Residual(anomaly_map, levels, [torch.randn_like(level) for level in levels]))
     assert (refined.flatten()[anomaly_map.flatten().argsort()].diff() >= 0).all()
 
 
@@ -134,9 +152,9 @@ def test_autocast_leaves_the_head_in_float32() -> None:
     torch.nn.init.normal_(head.classifier.weight)
     levels = [torch.randn(2, c, s, s).bfloat16() for c, s in zip(CHANNELS, (8, 16), strict=True)]
     others = [torch.randn_like(level) for level in levels]
-    expected = head([level.float() for level in levels], [level.float() for level in others])
+    expected = head.logits([level.float() for level in levels], [level.float() for level in others])
     with torch.autocast("cpu", torch.bfloat16):
-        actual = head(levels, others)
+        actual = head.logits(levels, others)
     assert actual.dtype == torch.float32 and torch.equal(actual, expected)
 
 
@@ -145,7 +163,7 @@ def test_autocast_leaves_the_head_in_float32() -> None:
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lightning_model, "SEGMENTATION_BATCHES", 3)
+    monkeypatch.setattr(segmentation_head, "BATCHES", 3)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +174,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(root: Path, folder: Path, *callbacks: Callback, head: bool = True) -> tuple[UniAS, Engine]:
     model = UniAS(**TINY, recipe="best")
     if not head:
-        model.model.segmentation_head = None
+        del model.model.detector.parts["segmentation_head"]
     engine = Engine(
         default_root_dir=folder, accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False,
         callbacks=list(callbacks),
@@ -170,11 +188,9 @@ def run(root: Path, folder: Path, *callbacks: Callback, head: bool = True) -> tu
 def test_the_head_comes_last_and_changes_nothing_before(root: Path, tmp_path: Path) -> None:
     model, engine = run(root, tmp_path / "with")
     plain, _ = run(root, tmp_path / "without", head=False)
-    head = model.model.segmentation_head
-    assert head is not None and head.fitted and head.classifier.weight.any()
-    states = [
-        {k: v for k, v in m.model.state_dict().items() if not k.startswith("segmentation_head")} for m in (model, plain)
-    ]
+    head = model.model.detector.parts["segmentation_head"]
+    assert head.fitted and head.classifier.weight.any()
+    states = [{k: v for k, v in m.model.state_dict().items() if "segmentation_head" not in k} for m in (model, plain)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -191,8 +207,7 @@ def test_the_head_comes_last_and_changes_nothing_before(root: Path, tmp_path: Pa
 
 @pytest.mark.usefixtures("few_steps")
 def test_the_same_seed_gives_the_same_head(root: Path, tmp_path: Path) -> None:
-    states = [run(root, tmp_path / name)[0].model.segmentation_head for name in "ab"]
-    assert states[0] is not None and states[1] is not None
+    states = [run(root, tmp_path / name)[0].model.detector.parts["segmentation_head"] for name in "ab"]
     for a, b in zip(states[0].parameters(), states[1].parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -213,3 +228,25 @@ def test_an_unfinished_run_says_that_its_head_is_not_trained(
         engine.fit(model, datamodule=data)
     Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False).test(copy.deepcopy(model), datamodule=data)
     assert "segmentation head is not trained" in caplog.text
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_a_run_that_goes_on_forgets_what_was_fitted_to_its_old_weights(root: Path, tmp_path: Path) -> None:
+    """Else a finished run that goes on and stops early would keep statistics and head of other weights."""
+    _, engine = run(root, tmp_path)
+    lacks: list[list[str]] = []
+
+    class Stop(Callback):
+        def on_train_batch_start(self, _trainer: Any, model: Any, *_: Any) -> None:
+            lacks.append(model.model.detector.lacks())
+
+        def on_validation_end(self, trainer: Any, model: Any, *_: Any) -> None:
+            lacks.append(model.model.detector.lacks())
+            raise InterruptedError
+
+    longer = Engine(default_root_dir=tmp_path, accelerator="cpu", max_epochs=4, logger=False, callbacks=[Stop()])
+    data = Unified(root=root, train_batch_size=4, eval_batch_size=4, num_workers=0)
+    with pytest.raises(InterruptedError):
+        longer.fit(UniAS(**TINY, recipe="best"), datamodule=data, ckpt_path=engine.best_model_path)
+    assert lacks[0] == []  # not yet: it has learned nothing
+    assert [len(lack) for lack in lacks[1:]] == [2] * len(lacks[1:]) and len(lacks) > 2

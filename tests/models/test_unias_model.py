@@ -18,7 +18,9 @@ from torchvision.transforms.v2 import Resize
 from anomalib_uniass import UniAS, Unified, acceleration, load_official_checkpoint
 from anomalib_uniass.acceleration import memory
 from anomalib_uniass.models.unias import official
-from anomalib_uniass.models.unias.anomaly_map import even_out, image_score
+from anomalib_uniass.models.unias.detector.evenness import Evenness
+from anomalib_uniass.models.unias.detector.image_score import standard_deviation, top, top_of_coarse_levels
+from anomalib_uniass.models.unias.detector.residual import Residual
 from anomalib_uniass.models.unias.loss import ReconstructionLoss
 from anomalib_uniass.models.unias.torch_model import UniASModel
 from tests.helpers.datasets import make_mvtec_layout
@@ -79,20 +81,26 @@ def test_compiled_model_gives_the_same_map(backend: str, monkeypatch: pytest.Mon
 
 def test_image_scores_by_hand() -> None:
     ramp = torch.arange(100.0).view(1, 1, 10, 10)
-    assert image_score(ramp, reduction="max").item() == 99
-    assert image_score(ramp, reduction="top").item() == 99  # 0.3 % of 100 pixels is one
-    assert image_score(ramp, reduction="top", top_share=0.04).item() == pytest.approx((99 + 98 + 97 + 96) / 4)
-    assert image_score(ramp, reduction="std").item() == pytest.approx(ramp.std().item())
+    assert top(ramp).item() == 99  # 0.3 % of 100 pixels is one
+    assert top(torch.arange(1000.0).view(1, 1, 20, 50)).item() == 998  # the mean of three
+    assert standard_deviation(ramp, []).item() == pytest.approx(ramp.std().item())
+    assert top_of_coarse_levels(ramp, [ramp, ramp, 0 * ramp, 0 * ramp]).item() == 99.0**4
 
 
 def test_even_maps_by_hand() -> None:
-    """Divided by the fourth root of their root mean square: what is 16 times as high becomes 8 times as high."""
-    maps = torch.tensor([1.0, 7.0]).view(1, 1, 1, 2).repeat(2, 1, 1, 1) / 5  # root mean square of 1
-    maps[1] *= 16
-    torch.testing.assert_close(even_out(maps)[0], maps[0])
-    torch.testing.assert_close(even_out(maps)[1], maps[0] * 8)
+    """Products of a root mean square of 1 stay; with one of 1 / 4096 they become 8 times as large."""
+    maps = torch.tensor([[0.0, 1.0], [1.0, 2.0**0.5]]).view(1, 1, 2, 2)
+    maps = torch.cat([maps, maps / 4096]) ** (1 / 4)
+    even = even_out(maps) ** 4
+    torch.testing.assert_close(even[0], maps[0] ** 4)
+    torch.testing.assert_close(even[1], maps[0] ** 4 / 4096 * 8)
     assert torch.equal(even_out(torch.zeros(1, 1, 2, 2)), torch.zeros(1, 1, 2, 2))
     assert even_out(torch.full((1, 1, 2, 2), 1e-30)).isfinite().all()
+    torch.testing.assert_close(even_out(maps.half()).float(), even_out(maps), rtol=2e-3, atol=0)
+
+
+def even_out(distance: torch.Tensor) -> torch.Tensor:
+    return Evenness(levels=4)(distance, Residual(distance, [], []))
 
 
 def test_loss_terms_by_hand() -> None:
@@ -186,7 +194,7 @@ def test_checkpoint_round_trip_and_resume(root: Path, tmp_path: Path) -> None:
     loaded = UniAS.load_from_checkpoint(path)
     assert loaded.hparams.image_size == (128, 128)
     assert loaded.model.standardization is not None and loaded.model.standardization.fitted
-    whitening = loaded.model.anomaly_map.whitening
+    whitening = loaded.model.detector.distances.whitening
     assert whitening is not None and whitening.fitted
     images = torch.rand(2, 3, 96, 80)
     for a, b in zip(model.eval()(images), loaded.eval()(images), strict=True):
@@ -199,7 +207,9 @@ def test_checkpoint_round_trip_and_resume(root: Path, tmp_path: Path) -> None:
     longer.fit(again, datamodule=data, ckpt_path=path)
     assert longer.trainer.global_step == 3 * len(data.train_dataloader())
     torch.testing.assert_close(again.model.standardization.std_2, model.model.standardization.std_2, rtol=0, atol=0)
-    assert not torch.equal(again.model.anomaly_map.whitening.whitening_0, whitening.whitening_0)  # of the last weights
+    assert not torch.equal(
+        again.model.detector.distances.whitening.whitening_0, whitening.whitening_0
+    )  # of the last weights
 
 
 class Stream(IterableDataset[Any]):
@@ -232,7 +242,7 @@ def test_a_loader_of_the_user_will_do(root: Path, tmp_path: Path) -> None:
     data.setup()
     model = UniAS(**TINY, recipe="best", visualizer=False)
     engine(tmp_path, max_epochs=1).fit(model, train_dataloaders=data.train_dataloader())
-    assert model.model.anomaly_map.whitening.fitted
+    assert model.model.detector.distances.whitening.fitted
 
 
 def test_checkpoint_of_another_configuration_is_refused(root: Path, tmp_path: Path) -> None:

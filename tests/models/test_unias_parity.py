@@ -80,8 +80,9 @@ def test_reconstructions_and_maps(case: str) -> None:
     model, features, arrays, _ = load_case(case)
     with torch.no_grad():
         reconstructions, targets, _ = model.reconstruct_features(features)
-        level_maps = model.anomaly_map.level_maps(reconstructions, targets)
-        anomaly_map = model.anomaly_map(reconstructions, targets)
+        residual = model.detector.residual(torch.empty(0), reconstructions, targets)
+        level_maps = model.detector.distances(residual)
+        anomaly_map = model.detector(residual).anomaly_map
     for j, (reconstruction, level_map) in enumerate(zip(reconstructions, level_maps, strict=True)):
         sampled = reconstruction[:, ::4]
         if sampled.shape[-1] > 28:

@@ -2,8 +2,9 @@
 """UniAS as an anomalib model."""
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -13,19 +14,18 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from anomalib_uniass import acceleration
 from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_whole, parse_image_size
 from anomalib_uniass.deploy.quantization import quantize_reconstruction
-from anomalib_uniass.distribution import of_all_processes
-from anomalib_uniass.layers.seeding import seeded
 from anomalib_uniass.layers.tiling import make_tiling
 from anomalib_uniass.models.progress import say_progress
 from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_arguments
+from anomalib_uniass.models.unias.detector.recipes import RecipeName
+from anomalib_uniass.models.unias.detector.residual import Residual
 from anomalib_uniass.models.unias.loss import CosineTerm, ReconstructionLoss
-from anomalib_uniass.models.unias.segmentation_head import SegmentationHead
-from anomalib_uniass.models.unias.torch_model import Recipe, UniASModel
+from anomalib_uniass.models.unias.torch_model import UniASModel
 from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor, warn
 
 if TYPE_CHECKING:
@@ -35,12 +35,6 @@ logger = logging.getLogger(__name__)
 
 STANDARDIZATION_BATCHES = 100
 """Batches of the training set over which features are standardised, at most."""
-
-SEGMENTATION_BATCHES = 1000
-"""Batches of the segmentation head's training, at most; a shorter training of the model gives it as few."""
-
-SEGMENTATION_BATCH = 8
-"""Images of such a batch."""
 
 
 class UniAS(ReconstructionMixin, AnomalibModule):
@@ -96,6 +90,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
     """
 
     model: UniASModel
+    _detector_is_of_old_weights = False
     architecture = (
         "backbone",
         "image_size",
@@ -119,7 +114,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         channel_branch: bool = True,
         jitter_scale: float = 20.0,
         jitter_probability: float = 0.5,
-        recipe: Recipe = "paper",
+        recipe: RecipeName = "paper",
         loss_weight: float = 10.0,
         cosine_term: CosineTerm = "distance",
         learning_rate: float = 1e-4,
@@ -140,7 +135,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         tile_size, stride = (None, None) if tiling is None else (tiling.tile_size, tiling.stride)
         weights = None if weights is None else str(weights)
         check_choice("cosine_term", cosine_term, get_args(CosineTerm))
-        check_choice("recipe", recipe, get_args(Recipe))
+        check_choice("recipe", recipe, get_args(RecipeName))
         check_arguments(
             backbone=backbone,
             pre_trained=pre_trained,
@@ -185,9 +180,9 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         self.complete_pre_processor(pre_processor, image_size)
 
     def frozen_parts(self) -> list[nn.Module]:
-        """Return the parts of the network that do not change from step to step; the head comes behind the last."""
-        more = (self.model.standardization, self.model.segmentation_head)
-        return super().frozen_parts() + [part for part in more if part is not None]
+        """Return the parts of the network that do not change from step to step."""
+        more = [] if self.model.standardization is None else [self.model.standardization]
+        return [self.model.backbone, self.model.detector, *more]
 
     def on_fit_start(self) -> None:
         """Take the statistics of the backbone features before the first epoch, unless a checkpoint brought them.
@@ -195,44 +190,38 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         Raises:
             TypeError: If the end of the training takes images by number and the training set has none.
         """
-        if self.model.anomaly_map.whitening is not None or self.model.segmentation_head is not None:
+        if self.model.detector.parts_to_fit():
             self.indexed_training_loader()  # at the end it is too late to find out
         standardization = self.model.standardization
         if standardization is not None and not standardization.fitted:
             logger.info("Standardising backbone features over up to %d training batches.", STANDARDIZATION_BATCHES)
             standardization.fit(self.model.backbone(image) for image in self.training_batches(STANDARDIZATION_BATCHES))
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Forget what was fitted to weights that change from here on."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self._detector_is_of_old_weights:
+            self.model.detector.reset()
+            self._detector_is_of_old_weights = False
+
+    def on_train_start(self) -> None:
+        """A training that goes on brings a fitted detector."""
+        super().on_train_start()
+        self._detector_is_of_old_weights = True
+
     @torch.no_grad()
     def take_statistics(self) -> bool:
-        """Take the statistics of the last weights' errors and train the segmentation head, if they are to be had."""
-        whitening, head = self.model.anomaly_map.whitening, self.model.segmentation_head
-        if whitening is None and head is None:
+        """Fit the detector to the last weights, if it has parts to fit."""
+        parts = self.model.detector.parts_to_fit()
+        if not parts:
             return False
+        rank_zero_info(f"Fitting the detector to the training set: {', '.join(type(part).__name__ for part in parts)}.")
         training = self.model.training
         self.model.eval()
-        if whitening is not None:
-            rank_zero_info("Taking the statistics of the errors over the training set.")
-            whitening.fit_clusters(self.model.backbone(image)[-1] for image in self.training_images())
-            whitening.fit(self.model.reconstruct(image)[:2] for image in self.training_images())
-            whitening.fit_directions(self.model.reconstruct(image)[:2] for image in self.training_images())
-        if head is not None:
-            self._fit_segmentation_head(head)
+        for part in parts:
+            part.fit(TrainingSet(self))
         self.model.train(training)
         return True
-
-    def _fit_segmentation_head(self, head: SegmentationHead) -> None:
-        """Train the segmentation head on process 0, for all of a distributed run."""
-        count = max(1, min(SEGMENTATION_BATCHES, self.trainer.global_step))
-        if self.trainer.is_global_zero:
-            with seeded(0):
-                batches = self.random_training_images(count, size=SEGMENTATION_BATCH)
-                head.fit(
-                    say_progress(batches, count=count, what="Segmentation head"),
-                    lambda image: self.model.reconstruct(image)[:2],
-                    count=count,
-                )
-        state = {name: value.cpu() for name, value in head.state_dict().items()}
-        head.load_state_dict(of_all_processes(state)[0])
 
     def on_test_start(self) -> None:
         """Say what the weights of an unfinished training lack."""
@@ -245,17 +234,8 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         self._warn_of_what_is_missing()
 
     def _warn_of_what_is_missing(self) -> None:
-        whitening, head = self.model.anomaly_map.whitening, self.model.segmentation_head
-        if whitening is not None and not whitening.fitted:
-            warn(
-                "These weights have no statistics of their errors: they are taken when a training ends, and this one "
-                "did not. All errors weigh alike."
-            )
-        if head is not None and not head.fitted:
-            warn(
-                "The segmentation head is not trained: it is when a training ends, and this one did not. The map is "
-                "that of the distances."
-            )
+        for lack in self.model.detector.lacks():
+            warn(lack)
 
     def configure_post_processor(self) -> PostProcessor:
         """Return thresholds per category, normalised by square roots: the maps are products of four distances."""
@@ -265,3 +245,32 @@ class UniAS(ReconstructionMixin, AnomalibModule):
     def quantize(model: "ov.Model", images: Sequence[np.ndarray]) -> "ov.Model":
         """Quantise an exported model to INT8 where this keeps the defects, see :func:`quantize_reconstruction`."""
         return quantize_reconstruction(model, images)
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The training set as the detector's parts are fitted to it (:class:`~.detector.parts.Training`)."""
+
+    model: UniAS
+
+    @property
+    def steps(self) -> int:
+        """Return for how many optimizer steps the network was trained."""
+        return self.model.trainer.global_step
+
+    def coarsest(self) -> Iterable[Tensor]:
+        """Yield the coarsest features of every image, ``(B, C, h, w)``."""
+        return (self.model.model.backbone(image)[-1] for image in self.model.training_images())
+
+    def residuals(self) -> Iterable[Residual]:
+        """Yield the residuals of every image."""
+        return map(self.residual, self.model.training_images())
+
+    def random_images(self, batches: int, *, size: int, what: str) -> Iterable[Tensor]:
+        """Yield batches of random images, normalised ``(size, 3, H, W)``, and say how far `what` is."""
+        return say_progress(self.model.random_training_images(batches, size=size), count=batches, what=what)
+
+    def residual(self, image: Tensor) -> Residual:
+        """Return the residual of normalised images ``(B, 3, H, W)``."""
+        network = self.model.model
+        return network.residual(network.reconstruct(image), image)

@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
@@ -17,17 +17,13 @@ from anomalib_uniass.layers.seeding import seeded
 from anomalib_uniass.layers.standardization import FeatureStandardization
 from anomalib_uniass.layers.tiling import TiledModel
 from anomalib_uniass.layers.token_grid import check_image_size, token_grid
-from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, even_out, image_score
 from anomalib_uniass.models.unias.decoder import HEADS, SpatialChannelDecoder
-from anomalib_uniass.models.unias.guided_filter import follow_edges
+from anomalib_uniass.models.unias.detector.recipes import RECIPES, RecipeName
+from anomalib_uniass.models.unias.detector.residual import Residual
 from anomalib_uniass.models.unias.heads import ReconstructionHead
 from anomalib_uniass.models.unias.pixel_decoder import NORM_GROUPS, FPNPixelDecoder
 from anomalib_uniass.models.unias.queries import GatedQueryGenerator
-from anomalib_uniass.models.unias.residual_whitening import COARSE_LEVELS, ResidualWhitening
-from anomalib_uniass.models.unias.segmentation_head import SegmentationHead
 from anomalib_uniass.models.unias.source_embedding import SourceEmbedding
-
-Recipe = Literal["paper", "best"]
 
 
 class Reconstruction(NamedTuple):
@@ -61,16 +57,8 @@ class UniASModel(TiledModel):
         channel_branch: Run the channel branch of the decoder (the release's VisA configuration does not).
         jitter_scale: Strength of the feature jitter in training.
         jitter_probability: Chance of the jitter per level and batch.
-        recipe: The model of the ``paper``, or the ``best`` that we know. The latter
-
-            - standardises the backbone's features per channel, for the network and the squared error,
-            - reconstructs the features themselves instead of their low frequencies,
-            - compares by the statistics of the errors on good images (``anomaly_map.whitening``),
-            - segments by the residuals too, as learned from pseudo-defects (``segmentation_head``),
-            - lets the map end where the image has an edge (``guided_filter``),
-            - evens out the maps of different images,
-            - scores an image by the highest pixels of the coarse levels' product instead of the map's standard
-              deviation: fine levels and the head outline a defect, but say less of whether there is one.
+        recipe: The model of the ``paper``, or the ``best`` that we know; ``detector/recipes.py`` says what they are
+            made of.
         seed: Seed of the initial weights; leaves torch's global generator alone. None draws from the latter.
 
     Raises:
@@ -89,23 +77,19 @@ class UniASModel(TiledModel):
         channel_branch: bool = True,
         jitter_scale: float = 20.0,
         jitter_probability: float = 0.5,
-        recipe: Recipe = "paper",
+        recipe: RecipeName = "paper",
         seed: int | None = None,
     ) -> None:
         super().__init__()
         grid_size = _validate_sizes(image_size, hidden_dim=hidden_dim, channel_branch=channel_branch)
         self.image_size = image_size
         self.grid_size = grid_size
-        best = recipe == "best"
-        self.low_frequencies = not best  # what is reconstructed
-        self.guided_maps = best
-        self.even_maps = best
-        self.coarse_score = best
+        self.low_frequencies = RECIPES[recipe].low_frequencies
 
         with seeded(seed):
             self.backbone = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights, image_size=image_size)
             channels = self.backbone.channels  # fine to coarse
-            self.standardization = FeatureStandardization(channels) if best else None
+            self.standardization = FeatureStandardization(channels) if RECIPES[recipe].standardize else None
             levels = len(channels)
             self.frequency_split = GaussianFrequencySplit()
             self.jitter = FeatureJitter(scale=jitter_scale, probability=jitter_probability)
@@ -128,10 +112,9 @@ class UniASModel(TiledModel):
             self.heads = nn.ModuleList(
                 ReconstructionHead(hidden_dim, c, scale=2**level) for level, c in enumerate(reversed(channels))
             )
-            whitening = ResidualWhitening(channels[::-1]) if best else None
-            self.anomaly_map = AnomalyMapGenerator(image_size, levels=levels, whitening=whitening)
             self._reset_parameters()
-            self.segmentation_head = SegmentationHead(channels[::-1], image_size=image_size) if best else None
+            self.detector = RECIPES[recipe].detector(channels[::-1], image_size)
+        self.register_load_state_dict_pre_hook(_rename_keys_of_0_2)
 
     def _reset_parameters(self) -> None:
         """Initialise as the release does; pixel decoder, source embedding and heads look after themselves."""
@@ -216,21 +199,31 @@ class UniASModel(TiledModel):
             reconstruction: What :meth:`reconstruct` makes of the image.
             image: Normalised images ``(B, 3, H, W)``.
         """
-        reconstructions, targets, _ = reconstruction
-        level_maps = self.anomaly_map.level_maps(reconstructions, targets)
-        anomaly_map = self.anomaly_map.fuse(level_maps, targets)
-        if self.segmentation_head is not None:
-            anomaly_map = self.segmentation_head.refine(anomaly_map, reconstructions, targets)
-        if self.guided_maps:
-            anomaly_map = follow_edges(anomaly_map, image, levels=len(level_maps))
-        if self.even_maps:
-            anomaly_map = even_out(anomaly_map)
-        if self.coarse_score:
-            coarse = torch.stack(level_maps[:COARSE_LEVELS]).prod(dim=0) ** 2  # as a product of four distances
-            score = image_score(coarse, reduction="top")
-        else:
-            score = image_score(anomaly_map)
-        return InferenceBatch(anomaly_map=anomaly_map, pred_score=score)
+        return self.detector(self.residual(reconstruction, image))
+
+    def residual(self, reconstruction: Reconstruction, image: Tensor) -> Residual:
+        """Return what the detector sees of normalised images ``(B, 3, H, W)`` and their reconstruction."""
+        return self.detector.residual(image, reconstruction.reconstructions, reconstruction.targets)
+
+
+OLD_KEYS = {
+    "anomaly_map.whitening.scale": "detector.clusters.scale",
+    "anomaly_map.whitening.centers": "detector.clusters.centers",
+    "anomaly_map.whitening.directions.": "detector.distances.directions.",
+    "anomaly_map.whitening.": "detector.distances.whitening.",
+    "segmentation_head.": "detector.parts.segmentation_head.",
+}
+"""Beginnings of the names that version 0.2.0 gave to parts of the detector, and those of today."""
+
+
+def _rename_keys_of_0_2(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Let checkpoints of version 0.2.0 load."""
+    del module, args
+    for key in list(state_dict):
+        for old, new in OLD_KEYS.items():
+            if key.startswith(prefix + old):
+                state_dict[prefix + new + key.removeprefix(prefix + old)] = state_dict.pop(key)
+                break
 
 
 def _validate_sizes(image_size: tuple[int, int], *, hidden_dim: int, channel_branch: bool) -> tuple[int, int]:

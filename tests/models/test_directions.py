@@ -7,24 +7,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_uniass.models.unias import residual_directions
-from anomalib_uniass.models.unias.anomaly_map import AnomalyMapGenerator, cosine_distance
-from anomalib_uniass.models.unias.residual_directions import DIRECTIONS, ResidualDirections
-from tests.models.test_residual_whitening import CHANNELS, Batches, batches, fitted, kind_of_image
+from anomalib_uniass.models.unias.detector import directions as module
+from anomalib_uniass.models.unias.detector.directions import DIRECTIONS, Directions
+from anomalib_uniass.models.unias.detector.distances import cosine_distance
+from tests.models import test_whitening
+from tests.models.test_whitening import CHANNELS, Batches, Seen, batches, fitted, kind_of_image, residual
 
 
-def fit(pairs: Batches) -> ResidualDirections:
-    whitening, _ = fitted()
-    whitening.fit_directions(pairs)
-    return whitening.directions
+def fit(pairs: Batches) -> Directions:
+    whitening, clusters, _ = fitted()
+    directions = Directions(CHANNELS[:2], clusters=2)
+    seen = [residual(pair, clusters) for pair in pairs]
+    directions.fit(
+        ([whitening(i, t - r, of) for i, (r, t) in enumerate(zip(rs[:2], ts[:2], strict=True))], of)
+        for _, rs, ts, of in seen
+        if of is not None
+    )
+    return directions
 
 
 def errors(level: int, pairs: Batches) -> tuple[Tensor, Tensor]:
     """Return the whitened errors ``(B, C, H, W)`` of some images and the images' clusters."""
-    whitening, _ = fitted()
+    whitening, kinds, _ = fitted()
     reconstruction, target = (torch.cat([pair[side][level] for pair in pairs]) for side in (0, 1))
-    clusters = whitening.clusters(torch.cat([targets[0] for _, targets in pairs]))
-    return whitening.whiten(level, target - reconstruction, clusters), clusters
+    clusters = kinds(torch.cat([targets[0] for _, targets in pairs]))
+    return whitening(level, target - reconstruction, clusters), clusters
 
 
 @pytest.mark.parametrize("level", [0, 1])
@@ -57,28 +64,28 @@ def test_known_errors_count_for_nothing_and_fine_levels_stay() -> None:
 
 def test_many_errors_are_gathered_to_few_directions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors of three directions and little noise: three means find them."""
-    monkeypatch.setattr(residual_directions, "DIRECTIONS", 3)
-    monkeypatch.setattr(residual_directions, "SAMPLES", 300)
+    monkeypatch.setattr(module, "DIRECTIONS", 3)
+    monkeypatch.setattr(module, "SAMPLES", 300)
     generator = torch.Generator().manual_seed(0)
     true = F.normalize(torch.randn(3, 6, generator=generator), dim=1)
     units = true[torch.randint(3, (1000,), generator=generator)] + 0.02 * torch.randn(1000, 6, generator=generator)
-    sample = residual_directions._sample(F.normalize(units, dim=1))
+    sample = module._sample(F.normalize(units, dim=1))
     assert len(sample) == 300
-    found = residual_directions._directions(sample)
+    found = module._directions(sample)
     assert found.shape == (3, 6)
     torch.testing.assert_close((found @ true.T).amax(dim=0), torch.ones(3), rtol=0, atol=1e-3)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
 
 
 def test_order_of_the_images_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residual_directions, "SAMPLES", 100)  # of 144 and 96
+    monkeypatch.setattr(module, "SAMPLES", 100)  # of 144 and 96
     expected = fit(batches()).state_dict()
     for name, value in fit(batches()[::-1]).state_dict().items():
         torch.testing.assert_close(value, expected[name])
 
 
 def test_distances_stay_until_directions_are_found_and_those_are_saved() -> None:
-    directions, copy = fit(batches()), ResidualDirections(CHANNELS[:2], clusters=2)
+    directions, copy = fit(batches()), Directions(CHANNELS[:2], clusters=2)
     error, clusters = errors(0, batches())
     distance = torch.ones(len(error), 1, *error.shape[2:])
     assert torch.equal(copy(0, distance, error, clusters), distance)
@@ -87,7 +94,7 @@ def test_distances_stay_until_directions_are_found_and_those_are_saved() -> None
 
 
 def test_a_cluster_without_images_keeps_its_angles() -> None:
-    _, first = fitted()
+    _, _, first = fitted()
     directions = fit([kind_of_image(0, 3, seed=0)])
     error, clusters = errors(0, [kind_of_image(1, 2, seed=1)])
     assert (clusters != first).all()
@@ -99,32 +106,33 @@ def test_flat_images_and_a_dead_channel(monkeypatch: pytest.MonkeyPatch) -> None
     """Equal errors are one direction; images count alike though their first channel never errs."""
     units = torch.zeros(3000, 6)
     units[:, 3] = 1.0
-    assert torch.equal(residual_directions._directions(units).unique(dim=0), units[:1])
-    monkeypatch.setattr(residual_directions, "SAMPLES", 500)
+    assert torch.equal(module._directions(units).unique(dim=0), units[:1])
+    monkeypatch.setattr(module, "SAMPLES", 500)
     images = torch.randn(1000, 6, generator=torch.Generator().manual_seed(0))
     images[:, 0] = 0
     images[500:, 1] = 100  # the later half, to know it again
-    sample = residual_directions._sample(F.normalize(images, dim=1))
+    sample = module._sample(F.normalize(images, dim=1))
     assert 200 < (sample[:, 1] > 0.99).sum() < 300
 
 
 def test_another_training_forgets_the_directions_of_the_last() -> None:
-    whitening, first = fitted()
-    whitening.fit_directions(batches())
-    whitening.fit_directions([kind_of_image(0, 3, seed=0)])
-    directions = whitening.directions.get_buffer("directions_0")
+    distances, clusters = test_whitening.fit(batches())
+    first = int(clusters(kind_of_image(0, 1, seed=0)[1][0]))
+    distances.fit(Seen(batches(), clusters))
+    distances.fit(Seen([kind_of_image(0, 3, seed=0)], clusters))
+    assert distances.directions is not None
+    directions = distances.directions.get_buffer("directions_0")
     assert directions[first].any() and not directions[1 - first].any()
 
 
 def test_map_is_of_the_distances_that_the_directions_leave() -> None:
-    whitening, _ = fitted()
-    whitening.fit_directions(batches())
-    maps = AnomalyMapGenerator((64, 48), whitening=whitening)
-    reconstructions, targets = kind_of_image(0, 2, seed=7)
-    clusters = whitening.clusters(targets[0])
-    for level, (blur, level_map) in enumerate(zip(maps.blurs, maps.level_maps(reconstructions, targets), strict=True)):
-        r, t = (whitening.whiten(level, x[level], clusters) for x in (reconstructions, targets))
-        distance = whitening.directions(level, cosine_distance(r, t), t - r, clusters)
+    distances, clusters = test_whitening.fit(batches())
+    distances.fit(Seen(batches(), clusters))
+    images = residual(kind_of_image(0, 2, seed=7), clusters)
+    assert images.clusters is not None and distances.directions is not None
+    for level, (blur, level_map) in enumerate(zip(distances.blurs, distances(images), strict=True)):
+        r, t = (distances.whitening(level, x[level], images.clusters) for x in images[1:3])
+        distance = distances.directions(level, cosine_distance(r, t), t - r, images.clusters)
         torch.testing.assert_close(level_map, blur(F.interpolate(distance, size=(32, 24), mode="bilinear")))
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass.distribution import of_all_processes
 from anomalib_uniass.layers.precision import full_precision, widen
+from anomalib_uniass.models.unias.detector.clusters import CLUSTERS
 
 DIRECTIONS = 1024
 """Directions that are kept of a cluster and level."""
@@ -20,7 +21,7 @@ SAMPLES = 8192
 ITERATIONS = 10
 
 
-class ResidualDirections(nn.Module):
+class Directions(nn.Module):
     """Directions of the whitened errors on good images, found by k-means for every cluster of images.
 
     Grain, joints and reflections are predicted badly on every image, but always in the same ways: their errors are
@@ -36,7 +37,7 @@ class ResidualDirections(nn.Module):
 
     fitted: Tensor
 
-    def __init__(self, channels: Sequence[int], *, clusters: int) -> None:
+    def __init__(self, channels: Sequence[int], *, clusters: int = CLUSTERS) -> None:
         super().__init__()
         self.levels = len(channels)
         self.register_buffer("fitted", torch.tensor(False))
@@ -83,6 +84,10 @@ class ResidualDirections(nn.Module):
             # k-means rounds differently with every order of its threads: all processes take what the first one found.
             book.copy_(of_all_processes(book.cpu())[0])
         self.fitted.fill_(True)
+
+    def reset(self) -> None:
+        """Know no directions again."""
+        self.fitted.fill_(False)
 
 
 def _sample(units: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass.layers.precision import full_precision, widen
+from anomalib_uniass.models.unias.detector.parts import Part
+from anomalib_uniass.models.unias.detector.residual import Residual
 
 RADIUS = 6
 """Pixels from the middle of a window to its border: a window is about as wide as a token."""
@@ -14,26 +16,26 @@ EPSILON = 0.01
 """Variance of the image, in that of all its pixels, below which a window counts as flat."""
 
 
-def follow_edges(anomaly_map: Tensor, image: Tensor, *, levels: int) -> Tensor:
-    """Filter an anomaly map by its image.
+class GuidedFilter(Part):
+    """Filter the map by its image.
 
     The coarse levels see a defect some pixels wider than it is. Within a window the map becomes a linear function of
     the image's grey (He, Sun and Tang, TPAMI 2013, eq. 5 to 8), so that it falls where the image changes; where the
-    image is flat the map is smoothed.
-
-    Args:
-        anomaly_map: Product of the level maps, ``(B, 1, H, W)``, none negative.
-        image: Normalised images ``(B, 3, H, W)``.
-        levels: Number of levels; their geometric mean is filtered, which a strong defect does not rule.
-
-    Returns:
-        The filtered map, again as a product.
+    image is flat the map is smoothed. It is the geometric mean of the levels, which a strong defect does not rule.
     """
+
+    def forward(self, distance: Tensor, residual: Residual) -> Tensor:
+        """Return the filtered map."""
+        return follow_edges(distance, residual.image)
+
+
+def follow_edges(distance: Tensor, image: Tensor) -> Tensor:
+    """Return the map ``(B, 1, H, W)``, none negative, filtered by its normalised image ``(B, 3, H, W)``."""
     with full_precision(image):
         grey = widen(image).mean(dim=1, keepdim=True)
         variance, mean = torch.var_mean(grey, dim=(2, 3), keepdim=True, correction=0)
         guide = (grey - mean) / variance.clamp_min(1e-6).sqrt()
-        return guided_filter(anomaly_map ** (1 / levels), guide).clamp_min(0) ** levels
+        return guided_filter(distance, guide).clamp_min(0)
 
 
 def guided_filter(x: Tensor, guide: Tensor) -> Tensor:

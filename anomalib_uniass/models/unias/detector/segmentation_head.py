@@ -2,7 +2,7 @@
 """Segmentation head: learns from pseudo-defects how a defect's residual looks (recipe `best`, not in the paper)."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,12 @@ from torch.nn import functional as F  # noqa: N812
 from torch.optim.lr_scheduler import OneCycleLR
 from torchvision.ops import sigmoid_focal_loss
 
+from anomalib_uniass.distribution import is_first_process, of_all_processes
 from anomalib_uniass.layers.precision import full_precision, widen
-from anomalib_uniass.models.unias.pseudo_defects import add_pseudo_defects
+from anomalib_uniass.layers.seeding import seeded
+from anomalib_uniass.models.unias.detector.parts import Fitted, Part, Training
+from anomalib_uniass.models.unias.detector.pseudo_defects import add_pseudo_defects
+from anomalib_uniass.models.unias.detector.residual import Levels, Residual
 
 WIDTH = 64
 LEVEL_WIDTH = 32
@@ -29,12 +33,15 @@ WEIGHT = 0.2
 LEARNING_RATE = 2e-3
 FOCAL_WEIGHT = 10.0
 
-Levels = Sequence[Tensor]
-"""Features ``(B, C_j, H_j, W_j)`` of the levels, coarse to fine."""
+BATCHES = 1000
+"""Batches of its training, at most; a shorter training of the network gives it as few."""
+
+BATCH = 8
+"""Images of such a batch."""
 
 
-class SegmentationHead(nn.Module):
-    """Segment defects by the residual of the reconstruction: ``[(B, C_j, H_j, W_j)] x 2 -> logits (B, 1, H, W)``.
+class SegmentationHead(Part, Fitted):
+    """Segment defects by the residual of the reconstruction, and average the map with their probabilities.
 
     It sees the squared differences of the normalised features and their cosine distances at a quarter of the image
     size, so that no image is segmented by how it looks itself. As in INP-Former++ (Luo et al., 2025) it is trained on
@@ -73,11 +80,21 @@ class SegmentationHead(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
                 module.reset_parameters()
-        nn.init.zeros_(self.classifier.weight)  # until it is trained all pixels are alike
-        nn.init.constant_(self.classifier.bias, math.log(RARE))  # type: ignore[arg-type]
+        self.reset()
 
-    def forward(self, reconstructions: Levels, targets: Levels) -> Tensor:
-        """Return the logits of every pixel."""
+    def reset(self) -> None:
+        """Take all pixels for alike again."""
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.constant_(self.classifier.bias, math.log(RARE))  # type: ignore[arg-type]
+        self.fitted.fill_(False)
+
+    def forward(self, distance: Tensor, residual: Residual) -> Tensor:
+        """Return the weighted mean of the map and the head's probabilities."""
+        probability = self.logits(residual.reconstructions, residual.targets).sigmoid()
+        return torch.lerp(distance, probability, WEIGHT)
+
+    def logits(self, reconstructions: Levels, targets: Levels) -> Tensor:
+        """Return the logits of every pixel: ``[(B, C_j, H_j, W_j)] x 2 -> (B, 1, H, W)``."""
         dtype = self.classifier.weight.dtype
         with full_precision(targets[0]):
             residuals = []
@@ -90,26 +107,21 @@ class SegmentationHead(nn.Module):
             logits = self.classifier(self.body(torch.cat(residuals, dim=1)))  # (B, 1, H / 4, W / 4)
             return F.interpolate(widen(logits), size=self.image_size, mode="bilinear")
 
-    def refine(self, anomaly_map: Tensor, reconstructions: Levels, targets: Levels) -> Tensor:
-        """Average the anomaly map with the head's probabilities; the result is again as a product of level maps.
+    def fit(self, training: Training) -> None:
+        """Train on pseudo-defects, on process 0 for all of a distributed run."""
+        count = max(1, min(BATCHES, training.steps))
+        if is_first_process():
+            with seeded(0):
+                self.learn(training.random_images(count, size=BATCH, what="Segmentation head"), training, count=count)
+        state = {name: value.cpu() for name, value in self.state_dict().items()}
+        self.load_state_dict(of_all_processes(state)[0])
 
-        Args:
-            anomaly_map: Product of the level maps, ``(B, 1, H, W)``.
-            reconstructions: Reconstructed features.
-            targets: Their targets.
-        """
-        levels = len(self.reductions)
-        distance = anomaly_map.clamp_min(0) ** (1 / levels)  # geometric mean of the levels' distances
-        return torch.lerp(distance, self(reconstructions, targets).sigmoid(), WEIGHT) ** levels
-
-    def fit(
-        self, batches: Iterable[Tensor], reconstruct: Callable[[Tensor], tuple[Levels, Levels]], *, count: int
-    ) -> None:
-        """Train on pseudo-defects, from the start: an earlier training was behind another reconstruction.
+    def learn(self, batches: Iterable[Tensor], training: Training, *, count: int) -> None:
+        """Train from the start: an earlier training was behind another reconstruction.
 
         Args:
             batches: Normalised good images ``(B, 3, H, W)``.
-            reconstruct: Returns reconstructions and targets, by the trained network in evaluation mode.
+            training: Gives the residuals of images.
             count: Number of batches.
         """
         self._reset_parameters()
@@ -120,9 +132,9 @@ class SegmentationHead(nn.Module):
         for images in batches:
             defective, masks = add_pseudo_defects(images)
             with torch.no_grad():
-                reconstructions, targets = reconstruct(defective)
+                residual = training.residual(defective)
             with torch.enable_grad():
-                loss = segmentation_loss(self(reconstructions, targets), masks)
+                loss = segmentation_loss(self.logits(residual.reconstructions, residual.targets), masks)
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
@@ -130,6 +142,15 @@ class SegmentationHead(nn.Module):
         self.eval()
         self.requires_grad_(False)
         self.fitted.fill_(True)
+
+    def lack(self) -> str:
+        """Say that it is not trained."""
+        if self.fitted:
+            return ""
+        return (
+            "The segmentation head is not trained: it is when a training ends, and this one did not. The map is that "
+            "of the distances."
+        )
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
