@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import logging
-import mimetypes
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +13,7 @@ import pandas as pd
 from anomalib.data import AnomalibDataset, MVTecAD
 from anomalib.data.utils import LabelName, Split
 
-from anomalib_uniass.data.images import image_suffixes
+from anomalib_uniass.data.listing import by_ending, list_images, some, subfolders, visible
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +21,7 @@ GOOD: Final = "good"
 _TRAIN, _TEST, _MASKS = _SPLITS = ("train", "test", "ground_truth")
 _MEANT_AS_GOOD: Final = frozenset({"good", "ok", "normal"})
 _MASK_SUFFIX: Final = "_mask"
-# What archives of macOS and network drives put beside images: thumbnails and the like, under the names of images.
-_SYSTEM_FOLDERS: Final = frozenset({"__MACOSX", "@eaDir"})
-_MOST_NAMED: Final = 5
+_MOST_PROBLEMS: Final = 5
 
 
 class LayoutError(ValueError):
@@ -37,15 +34,26 @@ class MVTecLayout(MVTecAD):
     Reads ``ROOT/<category>/train/good``, ``test/good``, ``test/<defect>`` and ``ground_truth/<defect>`` as anomalib's
     ``MVTecAD`` reads PNG, downloads MVTec AD itself like it, and differs where that fails or drops files: endings may
     differ from file to file, in any case; names may have any letters; files may be symbolic links; without
-    ``ground_truth`` there are image labels alone. Arguments are those of ``MVTecAD``.
+    ``ground_truth`` there are image labels alone. Which files are images is said by
+    :mod:`anomalib_uniass.data.listing`. Arguments are those of ``MVTecAD``.
+
+    Attributes:
+        left_out: After ``setup``, the visible files where images or masks belong that are none.
+        not_read: After ``setup``, folders with images in the category's folder that the layout does not know, images
+            that lie there, and folders that may not be read.
 
     Raises:
         LayoutError: In ``setup``, if the folder differs from the layout.
     """
 
+    left_out: Sequence[Path] = ()
+    not_read: Sequence[Path] = ()
+
     def _setup(self, _stage: str | None = None) -> None:
         """Read the folder."""
-        samples = read_category(self.root.resolve() / self.category)
+        folder = self.root.resolve() / self.category
+        samples = read_category(folder)
+        self.left_out, self.not_read = _what_is_left(folder)
         self.train_data = _dataset(samples, Split.TRAIN)
         self.test_data = _dataset(samples, Split.TEST)
 
@@ -54,11 +62,6 @@ def _dataset(samples: pd.DataFrame, split: Split) -> AnomalibDataset:
     dataset = AnomalibDataset()
     dataset.samples = samples[samples["split"] == split.value].reset_index(drop=True)
     return dataset
-
-
-def is_hidden(path: Path) -> bool:
-    """Whether a file or folder belongs to a program and not to the dataset (``.DS_Store``, ``._000.png``)."""
-    return path.name.startswith(".") or path.name in _SYSTEM_FOLDERS
 
 
 def is_category(folder: Path) -> bool:
@@ -78,11 +81,11 @@ def explain_root(root: Path) -> str:
     """
     if not root.is_dir():
         return ""
-    splits = [path for path in _visible(root) if path.is_dir() and path.name.casefold() in (_TRAIN, _TEST)]
+    splits = [path for path in visible(root) if path.is_dir() and path.name.casefold() in (_TRAIN, _TEST)]
     if any(path.is_dir() and path.name.casefold() == GOOD for split in splits for path in split.glob("*")):
         home = root.resolve()
         return f"It looks like a category itself: give root={str(home.parent)!r} with categories=[{home.name!r}]."
-    above = [path for path in _visible(root) if path.is_dir() and any(map(is_category, path.glob("*")))]
+    above = [path for path in visible(root) if path.is_dir() and any(map(is_category, path.glob("*")))]
     return f"Did you mean root={str(above[0])!r}?" if above else ""
 
 
@@ -108,8 +111,8 @@ def read_category(folder: Path) -> pd.DataFrame:
     _check_labels(folder, train, test, problems)
     mask_of = _match_masks(folder, test, masks, problems) if masks else {}
     if problems:
-        more = f"\nand {len(problems) - _MOST_NAMED} more problems" if len(problems) > _MOST_NAMED else ""
-        raise LayoutError("\n".join(problems[:_MOST_NAMED]) + more)
+        more = f"\nand {len(problems) - _MOST_PROBLEMS} more problems" if len(problems) > _MOST_PROBLEMS else ""
+        raise LayoutError("\n".join(problems[:_MOST_PROBLEMS]) + more)
     if not train.get(GOOD):
         raise LayoutError(_nothing_in(folder / _TRAIN / GOOD, "training images"))
     if not test:
@@ -133,19 +136,20 @@ def read_category(folder: Path) -> pd.DataFrame:
 def _read_split(folder: Path, split: str, problems: list[str]) -> dict[str, list[Path]]:
     """Return the images of a split by label, and note what does not lie where the layout wants it."""
     if not (folder / split).is_dir():
-        named = [path for path in (_visible(folder) if folder.is_dir() else ()) if path.name.casefold() == split]
+        named = [path for path in (visible(folder) if folder.is_dir() else ()) if path.name.casefold() == split]
         problems += [f"{path}: rename this folder to {split!r}." for path in named]
         return {}
     if loose := _images(folder / split):
         problems.append(
-            f"{folder / split}: {len(loose)} images lie directly in this folder ({_some(loose)}). Expected them in "
+            f"{folder / split}: {len(loose)} images lie directly in this folder ({some(loose)}). Expected them in "
             f"{split}/<defect>" + ("." if split == _MASKS else f" or {split}/{GOOD}.")
         )
     labels: dict[str, list[Path]] = {}
-    for path in filter(Path.is_dir, _visible(folder / split)):
-        if deeper := [child for child in _visible(path) if child.is_dir() and _holds_images(child)]:
+    for path in subfolders(folder / split):
+        inside = list_images(path).images
+        if deeper := sorted({path / image.relative_to(path).parts[0] for image in inside if image.parent != path}):
             problems.append(
-                f"{path}: holds folders with images ({_some(deeper)}). Move the images up, or the folders away"
+                f"{path}: holds folders with images ({some(deeper)}). Move the images up, or the folders away"
                 + (", or read several masks per image with source='MVTecLOCO'." if split == _MASKS else ".")
             )
         if images := _images(path):
@@ -173,7 +177,7 @@ def _check_labels(
         masks = [image for image in images if _stem_without_mask(image) in stems - {image.stem}]
         if masks:
             problems.append(
-                f"{masks[0].parent}: masks lie among the images ({_some(masks)}). Move them to {_MASKS}/<defect>."
+                f"{masks[0].parent}: masks lie among the images ({some(masks)}). Move them to {_MASKS}/<defect>."
             )
 
 
@@ -194,9 +198,9 @@ def _match_masks(
             images[image.stem].append(image)
         for stem, same in images.items():
             if len(same) > 1:
-                problems.append(f"{_some(same)}: images of one name; which has the mask? Rename one and its mask.")
+                problems.append(f"{some(same)}: images of one name; which has the mask? Rename one and its mask.")
             elif len(candidates[stem]) > 1:
-                problems.append(f"{same[0]}: several masks ({_some(candidates[stem])}). Keep one.")
+                problems.append(f"{same[0]}: several masks ({some(candidates[stem])}). Keep one.")
             elif candidates[stem]:
                 mask_of[same[0]] = str(candidates[stem][0])
             else:
@@ -206,13 +210,13 @@ def _match_masks(
     if without:
         problems.append(
             f"{len(without)} anomalous images of {folder} have no mask, others have one. Images without a mask: "
-            f"{_some(without)}."
-            + (f" Masks without an image: {_some(unused)}." if unused else "")
+            f"{some(without)}."
+            + (f" Masks without an image: {some(unused)}." if unused else "")
             + f" Expected {_MASKS}/<defect>/<name of the image> with or without {_MASK_SUFFIX!r}, in any format. "
             f"For image labels alone remove {_MASKS}."
         )
     elif unused:
-        logger.warning("%s: %d masks have no image and are left out: %s", folder, len(unused), _some(unused))
+        logger.warning("%s: %d masks have no image and are left out: %s", folder, len(unused), some(unused))
     if masks.get(GOOD):
         logger.warning("%s: masks of good images are left out", folder / _MASKS / GOOD)
     return mask_of
@@ -222,40 +226,38 @@ def _stem_without_mask(path: Path) -> str:
     return path.stem[: -len(_MASK_SUFFIX)] if path.stem.lower().endswith(_MASK_SUFFIX) else path.stem
 
 
-def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not is_hidden(path))
-
-
 def _images(folder: Path) -> list[Path]:
-    """List the images of a folder, and say which Pillow does not open."""
-    files = [path for path in _visible(folder) if not path.is_dir()]
-    suffixes = image_suffixes()
-    unknown = [path for path in files if path.suffix.lower() not in suffixes]
-    if left_out := [path for path in unknown if (mimetypes.guess_type(path.name)[0] or "").startswith("image/")]:
-        logger.warning("%s: %d images in formats that Pillow does not open: %s", folder, len(left_out), _some(left_out))
-    images = [path for path in files if path.suffix.lower() in suffixes]
+    """List the images that lie directly in a folder."""
+    images = list_images(folder, deep=False).images
     if lost := [path for path in images if not path.exists()]:
-        msg = f"{_some(lost)}: links that lead nowhere. Fetch the files, or remove the links."
+        msg = f"{some(lost)}: links that lead nowhere. Fetch the files, or remove the links."
         raise LayoutError(msg)
     return images
 
 
-def _holds_images(folder: Path) -> bool:
-    return bool(_images(folder)) or any(_holds_images(path) for path in _visible(folder) if path.is_dir())
+def _what_is_left(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files of a category's splits that are no images, and the images that lie elsewhere in its folder."""
+    left_out: list[Path] = []
+    not_read: list[Path] = []
+    for path in subfolders(folder):
+        found = list_images(path)
+        if path.name in _SPLITS:
+            left_out += found.left_out
+            not_read += found.closed
+        elif found.images:
+            not_read.append(path)
+    return left_out, not_read + list_images(folder, deep=False).images
 
 
 def _nothing_in(folder: Path, what: str) -> str:
     """Say that there are no images, and what there is instead."""
-    endings = Counter(path.suffix.lower() or path.name for path in folder.rglob("*") if path.is_file())
-    found = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(_MOST_NAMED))
-    there = f"only {found}" if found else "the folder is empty" if folder.is_dir() else "the folder does not exist"
+    if folder.is_dir():
+        found = list_images(folder)
+        files = found.images + found.left_out
+        there = f"only {by_ending(files, below=folder)}" if files else "the folder is empty"
+    else:
+        there = "this is no folder" if folder.exists() else "the folder does not exist"
     return (
         f"No {what} in {folder}: {there}. Add images that Pillow opens (png, jpg, tif, bmp, webp, ...), or leave the "
         "category out of `categories`."
     )
-
-
-def _some(paths: Iterable[Path]) -> str:
-    paths = list(paths)
-    more = f" and {len(paths) - _MOST_NAMED} more" if len(paths) > _MOST_NAMED else ""
-    return ", ".join(str(path) for path in paths[:_MOST_NAMED]) + more

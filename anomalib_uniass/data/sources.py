@@ -16,7 +16,8 @@ import anomalib.data
 from anomalib.data import AnomalibDataModule, MVTecAD
 from anomalib.models import ALLOWED_MODULES
 
-from anomalib_uniass.data.mvtec_layout import MVTecLayout, is_category, is_hidden
+from anomalib_uniass.data.listing import holds_files, subfolders
+from anomalib_uniass.data.mvtec_layout import MVTecLayout, is_category
 
 # Where a source keeps its category folders, relative to its root. The others keep them in the root itself.
 # Kaputt has none: its categories are a column of its metadata.
@@ -131,9 +132,8 @@ def category_folders(source: type[AnomalibDataModule], root: Path) -> dict[str, 
     folders: dict[str, list[Path]] = {}
     for parent in _CATEGORY_PARENTS.get(source.__name__, (".",)):
         if (root / parent).is_dir():
-            for folder in sorted((root / parent).iterdir()):
-                if folder.is_dir() and not is_hidden(folder):
-                    folders.setdefault(folder.name, []).append(folder)
+            for folder in subfolders(root / parent):
+                folders.setdefault(folder.name, []).append(folder)
     return dict(sorted(folders.items()))
 
 
@@ -155,12 +155,8 @@ def present_categories(source: type[AnomalibDataModule], root: Path) -> list[str
     return [
         name
         for name, folders in category_folders(source, root).items()
-        if any(_holds_file(folder if name in official else folder / "train") for folder in folders)
+        if any(holds_files(folder if name in official else folder / "train") for folder in folders)
     ]
-
-
-def _holds_file(folder: Path) -> bool:
-    return any(path.is_file() and not is_hidden(path) for path in folder.rglob("*"))
 
 
 def check_names(names: Sequence[str], known: Iterable[str], *, argument: str, context: str) -> None:

@@ -3,9 +3,10 @@
 
 import logging
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -14,16 +15,19 @@ from anomalib.data import AnomalibDataModule
 from anomalib.data.datasets.base import AnomalibDataset
 from anomalib.data.utils import TestSplitMode, ValSplitMode
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import RandomCrop, Transform
 
 from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_seed, check_text, check_whole
 from anomalib_uniass.data.checks import check_samples, images_without_mask
+from anomalib_uniass.data.copies import equal_files, tell_copies
 from anomalib_uniass.data.dataset import UnifiedDataset, category_augmentation
 from anomalib_uniass.data.defect_sizes import what_gets_lost
 from anomalib_uniass.data.image_cache import ImageCache, fixed_resize
 from anomalib_uniass.data.images import read_image
-from anomalib_uniass.data.mvtec_layout import LayoutError, explain_root
+from anomalib_uniass.data.listing import by_ending, some
+from anomalib_uniass.data.mvtec_layout import LayoutError, MVTecLayout, explain_root
 from anomalib_uniass.data.sources import (
     category_folders,
     check_names,
@@ -33,6 +37,7 @@ from anomalib_uniass.data.sources import (
     present_categories,
     read_with,
 )
+from anomalib_uniass.data.splits import file_names, held_out, resumed, split_state
 from anomalib_uniass.logs import log_once
 from anomalib_uniass.metrics import CategoryMetricsCallback
 from anomalib_uniass.metrics.category_metrics import MEAN
@@ -58,7 +63,10 @@ class Unified(AnomalibDataModule):
     (at least one, never all), so that nothing is chosen on the test set. It holds no anomalies: UniAS and UniAD take
     their thresholds per category from it, other models of anomalib the highest normal score of all categories.
     ``"same_as_test"`` gives anomalib's usual thresholds, tuned on the test set. Metrics without a threshold (AUROC, AP)
-    do not depend on it.
+    do not depend on it. Which images are held out follows from each file's name, so that an image more or less moves
+    one other at most; files that are equal byte for byte stay together and are named
+    (:mod:`~anomalib_uniass.data.splits`). A training that goes on from a checkpoint keeps its split, and says what
+    changed.
 
     Args:
         source: Name in ``anomalib.data`` (``MVTecAD``, ``Visa``, ``MVTecLOCO``, ``BTech``, ``MPDD``, ...) or full class
@@ -181,6 +189,8 @@ class Unified(AnomalibDataModule):
             # A model may bring another resize, but does not take steps out.
             fixed_resize(self.train_augmentations, rotated=False)
         self._checked = False
+        self._copies: list[list[int]] = []
+        self._earlier_split: dict[str, Any] = {}
 
     def _known_names(self, names: Sequence[str] | None, argument: str) -> list[str]:
         """Turn an argument into a list of category names that the source or the root folder knows."""
@@ -289,9 +299,11 @@ class Unified(AnomalibDataModule):
             self.val_data = self._join({category: part.val_data for category, part in parts.items()}, "validation")
             subsets.append(self.val_data)
         if not self._checked:
+            self._tell_what_is_left_out(parts.values())
             for subset in subsets:
                 check_samples(subset.samples, needs_masks=subset.task == "segmentation")
-            self._checked = True
+        self._find_copies(subsets, tell=not self._checked)
+        self._checked = True
 
     def _read(self, parts: Mapping[str, AnomalibDataModule]) -> None:
         """Let the source read every category, and say which one if it fails."""
@@ -324,6 +336,35 @@ class Unified(AnomalibDataModule):
             dataset.samples = _below(dataset.samples, link=home / category)
         return UnifiedDataset.join(datasets)
 
+    def _tell_what_is_left_out(self, parts: Iterable[AnomalibDataModule]) -> None:
+        """Name the files of all categories that are not read."""
+        home = self.root.resolve()
+        readers = [part for part in parts if isinstance(part, MVTecLayout)]
+        if left_out := [path for part in readers for path in part.left_out]:
+            logger.warning(
+                "Left out, for they are no images by their endings, %d files below %s: %s. Images have endings that "
+                "Pillow opens (png, jpg, tif, bmp, webp, ...).",
+                len(left_out),
+                self.root,
+                by_ending(left_out, below=home),
+            )
+        if not_read := [path for part in readers for path in part.not_read]:
+            logger.warning(
+                "Not read, for a category holds train, test and ground_truth alone, or for lack of permission: %s.",
+                some(not_read),
+            )
+
+    def _find_copies(self, subsets: Sequence[UnifiedDataset], *, tell: bool) -> None:
+        """Find equal files, the training images first, and say which there are."""
+        samples = pd.concat([subset.samples for subset in subsets], ignore_index=True)
+        self._copies = equal_files(samples["image_path"].tolist())
+        if tell and self._copies:
+            names = file_names(samples["image_path"], self.root, endings=True)
+            for line in tell_copies(
+                self._copies, names=names, labels=samples["label_index"].tolist(), training=len(subsets[0])
+            ):
+                logger.warning(line)
+
     def _create_test_split(self) -> None:
         """Keep the source's test set whole."""
 
@@ -332,11 +373,52 @@ class Unified(AnomalibDataModule):
         if self.val_split_mode != ValSplitMode.FROM_TRAIN:
             super()._create_val_split()
             return
-        rows = split_rows(self.train_data.samples["category"], ratio=self.val_split_ratio, seed=self.seed)
-        everything = self.train_data
-        rest = sorted(set(range(len(everything))) - set(rows))
-        self.train_data = everything.subsample(rest)  # type: ignore[assignment]
-        self.val_data = everything.subsample(rows)
+        self._everything = self.train_data
+        self._split()
+
+    def _split(self) -> None:
+        """Hold out images to validate, as the checkpoint's run did if there is one."""
+        samples = self._everything.samples
+        categories, names = samples["category"].tolist(), file_names(samples["image_path"], self.root)
+        copies = [group for found in self._copies if len(group := [i for i in found if i < len(samples)]) > 1]
+        seed = int(torch.randint(2**32, ()).item()) if self.seed is None else self.seed
+        rows = held_out(categories, names, copies, ratio=self.val_split_ratio, seed=seed)
+        if self._earlier_split:
+            rows, changes = resumed(categories, names, copies, rows, self._earlier_split)
+            if changes:
+                logger.warning(changes)
+        rest = sorted(set(range(len(samples))) - set(rows))
+        self.train_data = self._everything.subsample(rest)  # type: ignore[assignment]
+        self.val_data = self._everything.subsample(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: which images train and which validate.
+
+        Returns:
+            From :func:`~anomalib_uniass.data.splits.split_state`; empty before ``setup``.
+        """
+        if not hasattr(self, "val_data"):
+            return {}
+        training, validation = (
+            file_names(data.samples["image_path"], self.root) for data in (self.train_data, self.val_data)
+        )
+        return split_state(training, validation)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the split of a checkpoint's run in training and validation, and say what changed since.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned in that run.
+
+        Raises:
+            ValueError: If no image of a category is left to validate, or to train with.
+        """
+        matters = self.trainer is None or self.trainer.state.fn in (TrainerFn.FITTING, TrainerFn.VALIDATING)
+        if matters and self.val_split_mode == ValSplitMode.FROM_TRAIN:
+            self._earlier_split = state_dict
+            if hasattr(self, "_everything"):
+                self._split()
+                self._update_augmentations()
 
     def _update_augmentations(self) -> None:
         """Update the augmentations of each subset; those per category go to the training set alone."""
@@ -382,6 +464,7 @@ class Unified(AnomalibDataModule):
             ValueError: If ``cache_images`` is set and the training images are not resized to a fixed size, or to one
                 that is no square and ``rotate`` names a category; or if tiles that are no squares would be rotated.
         """
+        self._ask_for_earlier_split()
         data = self.train_data
         tile = self._tile_size()
         if tile is not None and tile[0] != tile[1] and not set(self.categories).isdisjoint(self.rotate):
@@ -394,6 +477,18 @@ class Unified(AnomalibDataModule):
                 data.image_cache = None  # frees the old one first
                 data.image_cache = ImageCache(len(data), resize)
         return super().train_dataloader()
+
+    def _ask_for_earlier_split(self) -> None:
+        """Warn of a checkpoint that does not tell which images its run learned."""
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING or self.trainer.ckpt_path is None:
+            return
+        if self.val_split_mode == ValSplitMode.FROM_TRAIN and not self._earlier_split:
+            logger.warning(
+                "%s does not tell which images its run learned (it is of version 0.2.0, or was trained on other data "
+                "than a %s). Some may validate now, which makes thresholds too low. Begin a new training to be sure.",
+                self.trainer.ckpt_path,
+                type(self).__name__,
+            )
 
     def val_dataloader(self) -> DataLoader[object]:
         """Make the loader of the validation images; those for tiles come one by one, for they may differ in size."""
@@ -428,37 +523,6 @@ class Unified(AnomalibDataModule):
         """Return the tiles of the model that is trained or tested, if it has some."""
         tiling = getattr(getattr(getattr(self.trainer, "lightning_module", None), "model", None), "tiling", None)
         return None if tiling is None else tiling.tile_size
-
-
-def split_rows(categories: pd.Series, *, ratio: float, seed: int | None) -> list[int]:
-    """Draw a fraction of the rows of each category.
-
-    The draw of a category does not depend on which other categories there are.
-
-    Args:
-        categories: Category of each row, indexed from 0.
-        ratio: Fraction to draw, in (0, 1).
-        seed: Seed of the draw; None takes torch's global generator.
-
-    Returns:
-        Sorted row numbers, at least one and never all of each category.
-
-    Raises:
-        ValueError: If a category has a single row.
-    """
-    rows: list[int] = []
-    for category, indices in categories.groupby(categories, sort=False).indices.items():
-        if len(indices) < 2:
-            msg = (
-                f"Category {category!r} has a single training image; val_split_mode='from_train' needs two. "
-                "Add images or use another val_split_mode."
-            )
-            raise ValueError(msg)
-        count = min(max(round(ratio * len(indices)), 1), len(indices) - 1)
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(indices), generator=generator)[:count]
-        rows.extend(int(indices[i]) for i in order)
-    return sorted(rows)
 
 
 def _agree_on_task(parts: Mapping[str, AnomalibDataModule]) -> None:

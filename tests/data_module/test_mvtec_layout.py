@@ -2,9 +2,11 @@
 """Folders in the layout of MVTec AD as people have them: the frame that is read, or what the refusal says."""
 
 import logging
+import mimetypes
 import os
 import re
 import shutil
+import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,8 @@ from anomalib.data.utils import Split
 from PIL import Image
 
 from anomalib_uniass.data import Unified
-from anomalib_uniass.data.mvtec_layout import LayoutError, MVTecLayout, image_suffixes, read_category
+from anomalib_uniass.data.images import image_suffixes
+from anomalib_uniass.data.mvtec_layout import LayoutError, MVTecLayout, read_category
 from tests.helpers.datasets import make_mvtec_layout
 
 FORMATS = ["png", "jpg", "jpeg", "bmp", "tif", "tiff", "webp", "ppm", "gif"]
@@ -232,19 +235,109 @@ def test_mask_without_an_image_is_named(root: Path, caplog: pytest.LogCaptureFix
     assert re.findall(r"dent/0(\d\d)_mask", message) == ["10", "11", "12", "13", "14"]
 
 
+def ours(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("anomalib_uniass")]
+
+
 def test_hidden_files_need_no_word(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("apple's hidden files", "notebook's folders", ".DS_Store", "Thumbs.db", "text files"):
+    for name in ("apple's hidden files", "notebook's folders", ".DS_Store", "Thumbs.db"):
         STILL_READ[name](root)
+    (root / "nut/train/good/desktop.ini").touch()
     with caplog.at_level(logging.WARNING):
         unified(root)
-    assert not [record for record in caplog.records if record.name.startswith("anomalib_uniass")]
+    assert not ours(caplog)
 
 
-def test_image_in_a_format_that_pillow_does_not_open_is_named(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (root / "nut/train/good/IMG_1.HEIC").write_bytes(b"x")
+def test_visible_files_that_are_no_images_are_named_by_ending_and_count(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("train/good/1.dcm", "train/good/2.DCM", "test/dent/3.dcm", "train/good/IMG_1.HEIC"):
+        (root / "nut" / name).write_bytes(b"x")
+    for name in ("train/x.npy", "train/good/deep/er/y.nrrd", "ground_truth/dent/000.json", "test/README"):
+        (root / "pin" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "pin" / name).write_bytes(b"x")
+    os.mkfifo(root / "pin/train/good/pipe.png")
     with caplog.at_level(logging.WARNING):
         assert len(unified(root).train_data) == 4
-    assert "IMG_1.HEIC" in caplog.text and "Pillow does not open" in caplog.text
+    (message,) = ours(caplog)
+    assert "Left out" in message and " 9 files below " in message
+    for told in (
+        "3 .dcm (nut/test/dent/3.dcm, ...)",
+        "1 .heic (nut/train/good/IMG_1.HEIC)",
+        "1 .npy (pin/train/x.npy)",
+        "1 .nrrd (pin/train/good/deep/er/y.nrrd)",
+        "1 .json (pin/ground_truth/dent/000.json)",
+        "1 without ending (pin/test/README)",
+        "1 no files but pipes or the like (pin/train/good/pipe.png)",
+    ):
+        assert told in message
+
+
+def test_which_files_are_images_does_not_depend_on_the_machines_mime_table(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A slim container has no table, and a machine of others any: neither adds nor takes a file."""
+    (root / "nut/train/good/1.dng").write_bytes(b"x")
+    told = []
+    for table in ({}, {".dng": "image/x-adobe-dng", ".png": "text/plain"}):
+        monkeypatch.setattr(mimetypes, "types_map", table)
+        monkeypatch.setattr(mimetypes, "guess_type", lambda name, table=table: (table.get(Path(name).suffix), None))
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert len(unified(root).train_data) == 4
+        told.append(ours(caplog))
+    assert told[0] == told[1] and "1 .dng" in told[0][0]
+
+
+def test_images_in_folders_that_the_layout_does_not_know_are_named(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy(root, "nut/test/dent/000.png", "nut/raw/2024/000.png")
+    copy(root, "nut/test/dent/000.png", "nut/cover.jpg")
+    (root / "nut/readme.txt").touch()
+    with caplog.at_level(logging.WARNING):
+        unified(root)
+    (message,) = ours(caplog)
+    assert message.startswith("Not read") and f"{root / 'nut/raw'}, {root / 'nut/cover.jpg'}." in message
+
+
+@pytest.mark.parametrize("link", ["nut/train/good/loop", "nut/train/loop", "nut/loop", "loop", "nut/test/dent/loop"])
+@pytest.mark.parametrize("target", [".", "..", "../.."])
+def test_links_to_their_own_folder_change_nothing(root: Path, link: str, target: str) -> None:
+    before = unified(root)
+    (root / link).symlink_to(target if len(Path(link).parts) > 1 else ".", target_is_directory=True)
+    after = unified(root)
+    assert after.categories == ["nut", "pin"]
+    for subset in ("train_data", "val_data", "test_data"):
+        pd.testing.assert_frame_equal(getattr(after, subset).samples, getattr(before, subset).samples)
+
+
+def test_forty_links_in_an_image_less_folder_are_followed_once(root: Path) -> None:
+    """Two links to its own folder: as many paths as there are numbers of forty bits."""
+    folder = root / "nut/train/good/empty"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / name).symlink_to(".", target_is_directory=True)
+    (root / "nut/ground_truth/none").mkdir()
+    for i in range(40):
+        (root / f"nut/ground_truth/none/{i}").symlink_to(folder, target_is_directory=True)
+    start = time.monotonic()
+    assert len(unified(root).train_data) == 4
+    for image in (root / "nut/train/good").glob("*.png"):
+        image.unlink()
+    with pytest.raises(LayoutError, match=r"No training images in .*: the folder is empty"):
+        unified(root)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("kind", ["file", "link to itself"])
+def test_a_file_where_a_folder_should_be_is_told(root: Path, kind: str) -> None:
+    good = root / "nut/train/good"
+    shutil.rmtree(good)
+    good.touch() if kind == "file" else good.symlink_to("good")
+    there = "this is no folder" if kind == "file" else "the folder does not exist"
+    with pytest.raises(LayoutError, match=f"No training images in {good}: {there}"):
+        unified(root)
 
 
 def test_without_masks_there_are_image_labels_alone(root: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -394,7 +487,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "training images of phones": (
         lambda root: [rename(root, f"nut/train/good/00{i}.png", f"nut/train/good/00{i}.heic") for i in range(3)],
-        r"No training images in \S+nut/train/good: only 3 \.heic\. Add images that Pillow opens",
+        r"No training images in \S+nut/train/good: only 3 \.heic \(000\.heic, \.\.\.\)\. Add images that Pillow opens",
     ),
     "no test folder": (
         lambda root: remove(root, "nut/test", "nut/ground_truth"),

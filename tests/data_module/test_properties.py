@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from anomalib_uniass.data.dataset import UnifiedDataset
 from anomalib_uniass.data.sources import check_names
-from anomalib_uniass.data.unified import split_rows
+from anomalib_uniass.data.splits import held_out
 
 properties = settings(
     deadline=None, max_examples=100, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 NAMES = st.text(min_size=1, max_size=6)
 RATIOS = st.floats(0, 1, exclude_min=True, exclude_max=True)
-SEEDS = st.one_of(st.none(), st.integers(0, 2**32 - 1))
+SEEDS = st.integers(0, 2**32 - 1)
 FILES = 24
 
 
@@ -31,14 +31,19 @@ def columns(draw: st.DrawFn) -> pd.Series:
     return pd.Series(draw(st.permutations(rows)), dtype=object)
 
 
+def split(categories: pd.Series, *, ratio: float, seed: int) -> list[int]:
+    """Hold out rows named by their position."""
+    return held_out(list(categories), [f"{i}.png" for i in range(len(categories))], ratio=ratio, seed=seed)
+
+
 @properties
 @given(columns(), RATIOS, SEEDS)
 @example(pd.Series(["a", "a"]), 0.999999, 0)
-@example(pd.Series(["a", "a"]), 5e-324, None)
+@example(pd.Series(["a", "a"]), 5e-324, 1)
 def test_split_takes_a_share_of_each_category_never_none_and_never_all(
-    categories: pd.Series, ratio: float, seed: int | None
+    categories: pd.Series, ratio: float, seed: int
 ) -> None:
-    rows = split_rows(categories, ratio=ratio, seed=seed)
+    rows = split(categories, ratio=ratio, seed=seed)
     assert rows == sorted(set(rows))
     assert set(rows) <= set(range(len(categories)))
     taken, total = Counter(categories.iloc[rows]), Counter(categories)
@@ -52,25 +57,64 @@ def test_split_takes_a_share_of_each_category_never_none_and_never_all(
 
 
 @properties
-@given(columns(), RATIOS, st.integers(0, 2**32 - 1))
-def test_split_of_a_category_does_not_depend_on_the_others(categories: pd.Series, ratio: float, seed: int) -> None:
-    together = split_rows(categories, ratio=ratio, seed=seed)
-    assert split_rows(categories, ratio=ratio, seed=seed) == together
+@given(columns(), RATIOS, SEEDS, st.randoms(use_true_random=False))
+def test_split_depends_on_names_alone(categories: pd.Series, ratio: float, seed: int, random: Any) -> None:
+    names = [f"{category}/{i}" for i, category in enumerate(categories)]
+    together = {names[row] for row in held_out(list(categories), names, ratio=ratio, seed=seed)}
     for category in categories.unique():
-        positions = [i for i, name in enumerate(categories) if name == category]
-        alone = split_rows(pd.Series([category] * len(positions)), ratio=ratio, seed=seed)
-        assert [positions[row] for row in alone] == [row for row in together if categories[row] == category]
+        own = [name for name, one in zip(names, categories, strict=True) if one == category]
+        random.shuffle(own)
+        alone = {own[row] for row in held_out([category] * len(own), own, ratio=ratio, seed=seed)}
+        assert alone == together & set(own)
+
+
+@properties
+@given(st.integers(2, 60), st.integers(1, 20), RATIOS, SEEDS)
+def test_images_that_come_or_go_move_at_most_as_many_others(old: int, more: int, ratio: float, seed: int) -> None:
+    names = [f"{i:03}.png" for i in range(old + more)]
+    few, many = (
+        {names[row] for row in held_out(["a"] * count, names[:count], ratio=ratio, seed=seed)}
+        for count in (old, old + more)
+    )
+    assert len((few ^ many) & set(names[:old])) <= more
+
+
+@properties
+@given(columns(), RATIOS, SEEDS, st.data())
+def test_copies_stay_together_and_count_once(
+    categories: pd.Series, ratio: float, seed: int, data: st.DataObject
+) -> None:
+    """A copy beside each image changes no side; with copies elsewhere there is still none on both."""
+    names = [f"{i}.png" for i in range(len(categories))]
+    twins = [f"copies/{name}" for name in names]
+    pairs = [[i, i + len(names)] for i in range(len(names))]
+    rows = set(held_out([*categories, *categories], names + twins, pairs, ratio=ratio, seed=seed))
+    assert all((first in rows) == (second in rows) for first, second in pairs)
+    assert len(rows) == 2 * len(split(categories, ratio=ratio, seed=seed))
+
+    some = data.draw(st.lists(st.integers(0, len(names) - 1), unique=True, max_size=len(names)))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(some)), max_size=3)))
+    groups = [some[a:b] for a, b in zip([0, *cuts], [*cuts, len(some)], strict=True) if b - a > 1]
+    try:
+        rows = set(held_out(list(categories), names, groups, ratio=ratio, seed=seed))
+    except ValueError as error:
+        assert "all equal" in str(error) or "of other categories that validate" in str(error)
+        return
+    assert all(rows.isdisjoint(group) or rows.issuperset(group) for group in groups)
+    for category in categories.unique():
+        own = {i for i, one in enumerate(categories) if one == category}
+        assert own & rows and own - rows
 
 
 @properties
 @given(columns(), NAMES, RATIOS, SEEDS)
 def test_split_refuses_a_category_of_one_image_and_names_it(
-    categories: pd.Series, single: str, ratio: float, seed: int | None
+    categories: pd.Series, single: str, ratio: float, seed: int
 ) -> None:
     if single in set(categories):
         categories = categories[categories != single].reset_index(drop=True)
     with pytest.raises(ValueError, match="has a single training image") as error:
-        split_rows(pd.concat([categories, pd.Series([single])], ignore_index=True), ratio=ratio, seed=seed)
+        split(pd.concat([categories, pd.Series([single])], ignore_index=True), ratio=ratio, seed=seed)
     assert repr(single) in str(error.value)
 
 
@@ -128,9 +172,9 @@ def test_joined_and_subsampled_rows_keep_their_category(files: list[str], data: 
 
     # A split in two loses nothing and has nothing twice.
     if min(Counter(owner.values()).values()) > 1:
-        held_out = split_rows(joined.samples["category"], ratio=0.3, seed=0)
-        rest = sorted(set(range(FILES)) - set(held_out))
-        halves = [list(joined.subsample(part).samples["image_path"]) for part in (held_out, rest)]
+        validate = split(joined.samples["category"], ratio=0.3, seed=0)
+        rest = sorted(set(range(FILES)) - set(validate))
+        halves = [list(joined.subsample(part).samples["image_path"]) for part in (validate, rest)]
         assert sorted(halves[0] + halves[1]) == sorted(files)
 
 

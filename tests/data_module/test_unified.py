@@ -9,7 +9,6 @@ import anomalib.data.datamodules.image.mvtecad as mvtecad_module
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.data.utils.synthetic import SyntheticAnomalyDataset
 from anomalib.engine import Engine
@@ -19,7 +18,6 @@ from PIL import Image
 from torchvision.transforms.v2 import Resize
 
 from anomalib_uniass.data import MVTec, Unified, UnifiedDataset, VisA
-from anomalib_uniass.data.unified import split_rows
 from anomalib_uniass.metrics import CategoryMetricsCallback
 from tests.helpers.datasets import make_mvtec_layout, make_visa_layout
 from tests.helpers.models import tiny_padim
@@ -310,24 +308,6 @@ def test_files_are_checked_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # --- validation ---
-
-
-def test_split_rows() -> None:
-    categories = pd.Series(["a"] * 100 + ["b"] * 2 + ["c"] * 30).sample(frac=1, random_state=0, ignore_index=True)
-    for ratio, expected in (
-        (0.05, {"a": 5, "b": 1, "c": 2}),
-        (0.5, {"a": 50, "b": 1, "c": 15}),
-        (0.99, {"a": 99, "b": 1, "c": 29}),
-    ):
-        rows = split_rows(categories, ratio=ratio, seed=1)
-        assert categories[rows].value_counts().to_dict() == expected
-        assert rows == sorted(set(rows))
-    assert split_rows(categories, ratio=0.2, seed=1) == split_rows(categories, ratio=0.2, seed=1)
-    assert split_rows(categories, ratio=0.2, seed=1) != split_rows(categories, ratio=0.2, seed=2)
-    torch.manual_seed(0)
-    assert split_rows(categories, ratio=0.2, seed=None) != split_rows(categories, ratio=0.2, seed=None)
-    with pytest.raises(ValueError, match="'d' has a single training image"):
-        split_rows(pd.Series(["a", "a", "d"]), ratio=0.1, seed=0)
 
 
 def test_from_train_is_disjoint_and_leaves_the_test_set_alone(root: Path) -> None:
