@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino as ov
 import pytest
 import torch
 from anomalib.engine import Engine
+from openvino import opset13
 
 from anomalib_uniass import UniAS, Unified
 from anomalib_uniass.__main__ import main as command
-from anomalib_uniass.deploy.validation import Decision, Findings, Tolerance
+from anomalib_uniass.deploy import validation
+from anomalib_uniass.deploy.precision import compile_openvino, computed
+from anomalib_uniass.deploy.validation import Decision, Findings, Tolerance, exported_model
 from anomalib_uniass.metrics.functional import METRICS
 from anomalib_uniass.validate_export import main
 from tests.helpers import distributed_run
@@ -147,8 +151,7 @@ def test_without_thresholds_nothing_is_decided(trained: Path, tmp_path: Path) ->
     [
         (["CKPT", "none.xml", "--data", "DIR"], "none.xml does not exist"),
         (["CKPT", "CKPT", "--data", "DIR"], "OpenVINO cannot load"),
-        (["CKPT", "weights/openvino/model.xml", "--data", "DIR", "--precision", "i4"], "in precision i4"),
-        (["CKPT", "weights/openvino/model.xml", "--data", "DIR", "--device", "ABACUS"], "on ABACUS"),
+        (["CKPT", "weights/openvino/model.xml", "--data", "DIR", "--decisions", "nan"], "must be a number at least 0"),
         (["CKPT", "weights/openvino/model.xml", "--data", "weights"], "holds no category"),
         (["CKPT", "weights/openvino/model.xml", "--data", "DIR", "--out", "CKPT/out"], "CKPT"),
     ],
@@ -165,6 +168,210 @@ def test_what_cannot_be_compared_is_said(
         main(words)
     assert ended.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--precision", "i4"], "choose from"),
+        (["--device", "ABACUS"], "cannot compute on ABACUS"),
+        (["--device", "AUTO:ABACUS"], "cannot compute on AUTO:ABACUS"),
+        (["--device", "CPU.7"], "cannot compute on CPU.7"),
+    ],
+)
+def test_what_the_device_cannot_do_is_said_before_any_work(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("CKPT", "model.xml"):  # neither is read
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(SystemExit) as ended:
+        main(["CKPT", "model.xml", "--data", ".", *options])
+    assert ended.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert message in said
+    if "--device" in options:
+        assert "It has CPU (" in said
+    assert not (tmp_path / "validation").exists()
+
+
+def test_files_that_are_no_models_of_ours_are_said(trained: Path, tmp_path: Path) -> None:
+    one = opset13.parameter([1, 3, -1, -1], np.float32)
+    ov.save_model(ov.Model([opset13.relu(one)], [one]), tmp_path / "other.xml")
+    with pytest.raises(ValueError, match=r"other.xml gives no anomaly_map and no pred_score"):
+        exported_model(tmp_path / "other.xml", "f32", "CPU")
+
+
+# --- Precisions ------------------------------------------------------------------------------------------------------
+
+
+def own_precision(**config: str) -> str:
+    """Ask OpenVINO itself what this processor makes of a hint."""
+    one = opset13.parameter([1, 1], np.float32)
+    graph = ov.Model([opset13.matmul(one, one, False, False)], [one])
+    return ov.Core().compile_model(graph, "CPU", config).get_property("INFERENCE_PRECISION_HINT").get_type_name()
+
+
+def test_precisions_have_the_names_of_what_is_computed(trained: Path, tmp_path: Path) -> None:
+    asked = ["f32", "bf16", "f16", "default"]
+    computed = [own_precision(), *(own_precision(INFERENCE_PRECISION_HINT=one) for one in asked[:3])]
+    _, found = validate(trained, tmp_path, openvino(trained), options=("--precision", *asked))
+    (_, *exports) = found["models"].items()
+    assert {model["precision"] for _, model in exports} == set(computed)
+    assert len(exports) == len(set(computed)), "what is computed alike runs once"
+    for name, model in exports:
+        assert name.startswith(f"{openvino(trained).as_posix()} ({model['precision']}")
+        assert model["decides"] and model["devices"] == ["CPU"]
+    of_wish = {wish: model["precision"] for _, model in exports for wish in model["asked"]}
+    assert of_wish == dict(zip(["default", *asked[:3]], computed, strict=True))
+
+
+@pytest.mark.parametrize("device", ["AUTO", "AUTO:CPU", "MULTI:CPU", "HETERO:CPU", "cpu"])
+def test_devices_that_choose_others_are_named_by_these(device: str, trained: Path, tmp_path: Path) -> None:
+    code, found = validate(trained, tmp_path, openvino(trained), options=("--device", device))
+    assert code == 0
+    full_name = ov.Core().get_property("CPU", "FULL_DEVICE_NAME")
+    assert found["facts"]["processor"] == f"{full_name} (CPU)"
+    (_, exact, *_) = found["models"].values()
+    assert (exact["precision"], exact["devices"]) == ("f32", ["CPU"])
+
+
+class OtherProcessor:
+    """An exported model on a processor with bfloat16 and without float16, whose bfloat16 decides otherwise."""
+
+    def __init__(self, compiled: ov.CompiledModel) -> None:
+        self.compiled = compiled
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.compiled, name)
+
+    def get_property(self, name: str) -> Any:
+        return ov.Type.bf16 if name == "INFERENCE_PRECISION_HINT" else self.compiled.get_property(name)
+
+    def __call__(self, image: np.ndarray) -> dict[str, np.ndarray]:
+        outputs = self.compiled(image)
+        return {"anomaly_map": outputs["anomaly_map"], "pred_score": 1 - outputs["pred_score"]}
+
+
+@pytest.fixture
+def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_there(path: Path, precision: str, device: str) -> Any:
+        compiled = compile_openvino(path, "f32", device)
+        return compiled if precision == "f32" else OtherProcessor(compiled)
+
+    monkeypatch.setattr(validation, "compile_openvino", compile_there)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "names"),
+    [
+        ([], 0, {"f32": True, "bf16, the default here": False}),
+        (["--precision", "default"], 1, {"bf16, the default here": True, "f32": False}),
+        (["--precision", "bf16"], 1, {"bf16, the default here": True, "f32": False}),
+        (["--precision", "f16"], 1, {"bf16, the default here, asked for f16": True, "f32": False}),
+    ],
+)
+def test_what_will_be_deployed_decides(
+    options: list[str],
+    code: int,
+    names: dict[str, bool],
+    trained: Path,
+    tmp_path: Path,
+    with_bfloat16: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ended, found = validate(trained, tmp_path, openvino(trained), options=tuple(options))
+    (_, *exports) = found["models"].items()
+    path = openvino(trained).as_posix()
+    assert {name: model["decides"] for name, model in exports} == {
+        f"{path} ({name})": yes for name, yes in names.items()
+    }
+    assert ended == code
+    printed, said = capsys.readouterr().out, (tmp_path / "report.html").read_text()
+    last = printed.splitlines()[-1]
+    assert ("NOT COMPUTED f16: this device takes bf16 for it." in printed) == ("f16" in options)
+    if code:
+        assert last.startswith("Do not deploy: 1 of 1 differ")
+        assert 'class="fail"' in said
+    else:
+        assert last.startswith("All 1 agree") and "in f32" in last
+        assert 'class="fail"' not in said and "for information: would fail" in said
+        assert "OpenVINO takes bf16 by itself on this device" in printed
+        assert '{"INFERENCE_PRECISION_HINT": "f32"}' in printed
+
+
+class Told:
+    """A compiled model that tells only some properties."""
+
+    def __init__(self, **properties: Any) -> None:
+        self.properties = properties
+
+    def get_property(self, name: str) -> Any:
+        if name not in self.properties:
+            raise RuntimeError(name)
+        return self.properties[name]
+
+    def get_runtime_model(self) -> Any:
+        raise RuntimeError
+
+
+HINT = "INFERENCE_PRECISION_HINT"
+
+
+@pytest.mark.parametrize(
+    ("properties", "precision", "devices"),
+    [
+        ({HINT: ov.Type.bf16, "EXECUTION_DEVICES": ["CPU"]}, "bf16", ("CPU",)),
+        ({"EXECUTION_DEVICES": ["(CPU)"], "DEVICE_PROPERTIES": {"CPU": {HINT: ov.Type.f32}}}, "f32", ("CPU",)),
+        (
+            {
+                "EXECUTION_DEVICES": ["GPU.0", "CPU"],
+                "DEVICE_PROPERTIES": {"CPU": {HINT: ov.Type.f32}, "GPU.0": {HINT: ov.Type.f16}},
+            },
+            "f16, f32",
+            ("GPU.0", "CPU"),
+        ),
+        ({HINT: ov.Type.dynamic, "EXECUTION_DEVICES": ["NPU"]}, "unknown", ("NPU",)),
+        ({}, "unknown", ()),
+    ],
+)
+def test_devices_are_asked_for_what_they_tell(
+    properties: dict[str, Any], precision: str, devices: tuple[str, ...]
+) -> None:
+    assert computed(Told(**properties)) == (precision, devices)
+
+
+def test_the_graph_is_asked_where_the_accuracy_mode_leaves_it_to_it() -> None:
+    one = opset13.parameter([4, 4], np.float32)
+    graph = ov.Model([opset13.matmul(one, one, False, False)], [one])
+    compiled = ov.Core().compile_model(graph, "CPU", {"EXECUTION_MODE_HINT": "ACCURACY"})
+    assert compiled.get_property(HINT) == ov.Type.dynamic
+    assert computed(compiled) == ("f32", ("CPU",))
+
+
+def test_whole_numbers_are_named() -> None:
+    image = opset13.parameter([1, 16, 8, 8], np.float32)
+    weights = np.random.default_rng(0).normal(size=(16, 16, 3, 3)).astype(np.float32)
+
+    def quantized(tensor: Any, low: float, high: float, levels: int) -> Any:
+        limits = [np.float32(one) for one in (low, high, low, high)]
+        return opset13.fake_quantize(tensor, *map(opset13.constant, limits), levels)
+
+    convolution = opset13.convolution(
+        quantized(image, 0, 2.55, 256),
+        quantized(opset13.constant(weights), -1.27, 1.27, 255),
+        [1, 1],
+        [1, 1],
+        [1, 1],
+        [1, 1],
+    )
+    graph = ov.Model([opset13.relu(convolution)], [image])
+    compiled = ov.Core().compile_model(graph, "CPU", {HINT: "f32"})
+    assert computed(compiled).precision == "INT8, f32"
 
 
 @pytest.mark.slow

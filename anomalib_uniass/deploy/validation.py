@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass.deploy.export import THRESHOLDS, exported_thresholds
+from anomalib_uniass.deploy.precision import DEFAULT_PRECISION, Computed, compile_openvino, computed
 from anomalib_uniass.files import replace_text
 from anomalib_uniass.metrics import CategoryMetrics
 from anomalib_uniass.metrics.category_metrics import MEAN
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     import openvino as ov
 
 CHECKPOINT = "checkpoint (PyTorch)"
-
-DEFAULT_PRECISION = "default"
-"""Leaves the precision to OpenVINO, which takes bfloat16 where the processor has it."""
 
 WARM_UP = 3
 """Images whose times do not count."""
@@ -84,12 +82,18 @@ class Findings:
         seconds: Time of each image.
         largest_difference: Of a score or a map's pixel from the checkpoint's.
         decisions: Images decided otherwise than by the checkpoint; None without thresholds.
+        computed: What OpenVINO computed in; None of the checkpoint.
+        asked: Precisions that were asked for and are computed so.
+        decides: Whether the tolerances hold for it; else it is measured for information.
     """
 
     table: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     largest_difference: float = 0.0
     decisions: list[Decision] | None = None
+    computed: Computed | None = None
+    asked: tuple[str, ...] = ()
+    decides: bool = True
 
     def milliseconds(self, percentile: float) -> float:
         """Return a percentile of the times, those of the first images aside."""
@@ -110,32 +114,25 @@ class Findings:
         return found
 
 
-def compile_openvino(path: Path, precision: str, device: str) -> "ov.CompiledModel":
-    """Compile an exported model, OpenVINO's or ONNX, for one image at a time.
-
-    Args:
-        path: ``model.xml`` or ``model.onnx``.
-        precision: ``f32``, ``bf16``, ``f16``, or :data:`DEFAULT_PRECISION`.
-        device: Device of OpenVINO, such as ``CPU`` or ``GPU``.
-
-    Raises:
-        ValueError: If the file is none that OpenVINO reads.
-    """
-    import openvino as ov
-
-    config = {"PERFORMANCE_HINT": "LATENCY"}
-    if precision != DEFAULT_PRECISION:
-        config["INFERENCE_PRECISION_HINT"] = precision
-    try:
-        return ov.Core().compile_model(path, device, config)
-    except RuntimeError as error:
-        msg = f"OpenVINO cannot load {path} on {device} in precision {precision}: {error}"
-        raise ValueError(msg) from error
-
-
 def exported_model(path: Path, precision: str, device: str) -> Predict:
     """Return inference by an exported model; arguments as of :func:`compile_openvino`."""
-    compiled = compile_openvino(path, precision, device)
+    return compiled_model(path, compile_openvino(path, precision, device))
+
+
+def compiled_model(path: Path, compiled: "ov.CompiledModel") -> Predict:
+    """Return inference by a compiled model.
+
+    Args:
+        path: Its file, for messages.
+        compiled: The model.
+
+    Raises:
+        ValueError: If it gives no map and score; the inference does if it takes images of another size.
+    """
+    outputs = {name for output in compiled.outputs for name in output.names}
+    if missing := {"anomaly_map", "pred_score"} - outputs:
+        msg = f"{path} gives no {' and no '.join(sorted(missing))}: it is no model that `anomalib export` wrote."
+        raise ValueError(msg)
 
     def predict(image: Tensor) -> Outputs:
         try:
@@ -148,6 +145,61 @@ def exported_model(path: Path, precision: str, device: str) -> Predict:
         return Outputs(anomaly_map.reshape(anomaly_map.shape[-2:]).copy(), float(outputs["pred_score"].item()))
 
     return predict
+
+
+class Compiled(NamedTuple):
+    """An exported model as it runs here.
+
+    Attributes:
+        path: Its file.
+        predict: Inference by it.
+        computed: What it computes in.
+        asked: Precisions that were asked for and are computed so, :data:`DEFAULT_PRECISION` among them.
+        decides: Whether one of them will be deployed.
+    """
+
+    path: Path
+    predict: Predict
+    computed: Computed
+    asked: tuple[str, ...]
+    decides: bool
+
+    @property
+    def name(self) -> str:
+        """File and precision, and who wanted it if it has another name."""
+        words = [self.computed.precision]
+        if DEFAULT_PRECISION in self.asked:
+            words.append("the default here")
+        others = [one for one in self.asked if one not in (DEFAULT_PRECISION, *self.computed.precision.split(", "))]
+        if others:
+            words.append(f"asked for {' and '.join(others)}")
+        return f"{self.path.as_posix()} ({', '.join(words)})"
+
+
+def compile_exports(
+    exported: Sequence[Path], *, precisions: Sequence[str], information: Sequence[str] = (), device: str = "CPU"
+) -> list[Compiled]:
+    """Compile exported models in each precision, and once where the device computes two of them alike.
+
+    Args:
+        exported: Files ``model.xml`` and ``model.onnx``.
+        precisions: Precisions that will be deployed: ``f32``, ``bf16``, ``f16``, or :data:`DEFAULT_PRECISION`.
+        information: Precisions to measure beside them.
+        device: Device of OpenVINO.
+
+    Raises:
+        ValueError: If a file cannot be read, or the device computes nothing.
+    """
+    found = []
+    for path in exported:
+        alike: dict[Computed, tuple[Predict, list[str]]] = {}
+        for precision in dict.fromkeys([*precisions, *information]):
+            compiled = compile_openvino(path, precision, device)
+            alike.setdefault(computed(compiled), (compiled_model(path, compiled), []))[1].append(precision)
+        for one, (predict, asked) in alike.items():
+            decides = not set(asked).isdisjoint(precisions)
+            found.append(Compiled(path, predict, one, tuple(asked), decides))
+    return found
 
 
 def checkpoint_model(model: AnomalibModule) -> Predict:
@@ -169,6 +221,7 @@ def compare(
     exported: Sequence[Path],
     *,
     precisions: Sequence[str],
+    information: Sequence[str] = (),
     device: str = "CPU",
 ) -> dict[str, Findings]:
     """Run every test image through a checkpoint and its exports, in turns.
@@ -177,11 +230,13 @@ def compare(
         model: The trained model.
         datamodule: Data whose test images keep their own size.
         exported: Files ``model.xml`` and ``model.onnx``.
-        precisions: Precisions to run each in.
+        precisions: Precisions to run each in, which will be deployed.
+        information: Precisions to measure beside them.
         device: Device of OpenVINO.
 
     Returns:
-        Findings by model, those of the checkpoint first, under :data:`CHECKPOINT`.
+        Findings by model and by the precision it was computed in, those of the checkpoint first, under
+        :data:`CHECKPOINT`.
 
     Raises:
         ValueError: If a file cannot be read, or takes images of another size.
@@ -189,15 +244,19 @@ def compare(
     predicts = {CHECKPOINT: checkpoint_model(model)}
     own = exported_thresholds(model.post_processor)
     thresholds: dict[str, Any] = {CHECKPOINT: None if own is None else json.loads(own)}
-    for path in exported:
-        for precision in precisions:
-            name = f"{path.as_posix()} ({precision})"
-            predicts[name] = exported_model(path, precision, device)
-            file = path.with_name(f"{THRESHOLDS}.json")
-            thresholds[name] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    runs = {
+        run.name: run
+        for run in compile_exports(exported, precisions=precisions, information=information, device=device)
+    }
+    for name, run in runs.items():
+        predicts[name] = run.predict
+        file = run.path.with_name(f"{THRESHOLDS}.json")
+        thresholds[name] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     datamodule.setup("test")
     samples = datamodule.test_data.samples
     found = {name: Findings(decisions=None if thresholds[CHECKPOINT] is None else []) for name in predicts}
+    for name, run in runs.items():
+        found[name].computed, found[name].asked, found[name].decides = run.computed, run.asked, run.decides
     metrics = {name: CategoryMetrics(sorted(set(samples["category"]))) for name in predicts}
     for index, category in enumerate(samples["category"]):
         item: Any = datamodule.test_data[index]
@@ -238,7 +297,9 @@ def _threshold(thresholds: Mapping[str, Any] | None, category: str) -> float:
     return 0.5 if thresholds is None else float(thresholds["image"].get(category, 0.5))
 
 
-def write(folder: Path, found: Mapping[str, Findings], tolerance: Tolerance, facts: Mapping[str, str]) -> list[str]:
+def write(
+    folder: Path, found: Mapping[str, Findings], tolerance: Tolerance, facts: Mapping[str, str]
+) -> dict[str, list[str]]:
     """Write ``validation.json`` and ``report.html``.
 
     Args:
@@ -248,15 +309,19 @@ def write(folder: Path, found: Mapping[str, Findings], tolerance: Tolerance, fac
         facts: What the page says of machine and files.
 
     Returns:
-        What exceeds the tolerance, a line each.
+        What exceeds the tolerance by model, of those for information too.
 
     Raises:
         OSError: If a file cannot be written.
     """
     reference = found[CHECKPOINT]
     problems = {name: findings.problems(reference, tolerance) for name, findings in found.items()}
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         name: {
+            "decides": findings.decides,
+            "precision": None if findings.computed is None else findings.computed.precision,
+            "devices": None if findings.computed is None else findings.computed.devices,
+            "asked": findings.asked,
             "metrics": {key: None if value != value else value for key, value in findings.table[MEAN].items()},
             "largest_difference": findings.largest_difference,
             "other_decisions": None if findings.decisions is None else len(findings.decisions),
@@ -284,4 +349,4 @@ def write(folder: Path, found: Mapping[str, Findings], tolerance: Tolerance, fac
         decisions={name: (findings.decisions or [])[:MOST_NAMED] for name, findings in found.items()},
         facts=facts,
     )
-    return [f"{name}: {problem}" for name, listed in problems.items() for problem in listed]
+    return problems
