@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
 
 
@@ -53,8 +54,8 @@ class StaticSameConv2d(nn.Conv2d):
         )
         self.weight, self.bias = conv.weight, conv.bias
         (top, bottom), (left, right) = (
-            _same_padding(size, kernel=k, stride=s, dilation=d)
-            for size, k, s, d in zip(input_size, conv.kernel_size, conv.stride, conv.dilation, strict=True)
+            (total // 2, total - total // 2)
+            for total in map(get_same_padding, input_size, conv.kernel_size, conv.stride, conv.dilation)
         )
         if (top, left) == (bottom, right):
             self.padding = (top, left)  # symmetric: the convolution pads by itself
@@ -67,9 +68,3 @@ class StaticSameConv2d(nn.Conv2d):
         if any(self.explicit_padding):
             input = nn.functional.pad(input, self.explicit_padding)
         return super().forward(input)
-
-
-def _same_padding(size: int, *, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
-    """Return (before, after) of TensorFlow's SAME padding along one axis."""
-    total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
-    return total // 2, total - total // 2

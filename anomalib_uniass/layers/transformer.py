@@ -3,6 +3,9 @@
 
 from torch import Tensor, nn
 
+DROPOUT = 0.1
+"""Of attention weights, activations and outputs, in UniAS and UniAD alike."""
+
 
 class AttentionLayer(nn.Module):
     """Multi-head attention with dropout, residual and post-norm: ``(B, N, D) -> (B, N, D)``.
@@ -10,13 +13,12 @@ class AttentionLayer(nn.Module):
     Args:
         dim: Width D of the tokens.
         heads: Number of attention heads; must divide `dim`.
-        dropout: Dropout of the attention weights and of the output.
     """
 
-    def __init__(self, dim: int, *, heads: int, dropout: float = 0.1) -> None:
+    def __init__(self, dim: int, *, heads: int) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
-        self.dropout = nn.Dropout(dropout)
+        self.attention = nn.MultiheadAttention(dim, heads, dropout=DROPOUT, batch_first=True)
+        self.dropout = nn.Dropout(DROPOUT)
         self.norm = nn.LayerNorm(dim)
 
     def forward(
@@ -54,15 +56,14 @@ class FeedForwardLayer(nn.Module):
     Args:
         dim: Width D of the tokens.
         hidden_dim: Width between the layers.
-        dropout: Dropout behind the activation and of the output.
     """
 
-    def __init__(self, dim: int, *, hidden_dim: int, dropout: float = 0.1) -> None:
+    def __init__(self, dim: int, *, hidden_dim: int) -> None:
         super().__init__()
         self.linear1 = nn.Linear(dim, hidden_dim)
         self.linear2 = nn.Linear(hidden_dim, dim)
         self.activation = nn.ReLU()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(DROPOUT)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -78,10 +79,10 @@ class FeedForwardLayer(nn.Module):
 class EncoderLayer(nn.Module):
     """DETR's post-norm encoder layer: ``(B, N, D) -> (B, N, D)``; query and key carry the position, value does not."""
 
-    def __init__(self, dim: int, *, heads: int, feedforward_dim: int, dropout: float) -> None:
+    def __init__(self, dim: int, *, heads: int, feedforward_dim: int) -> None:
         super().__init__()
-        self.self_attention = AttentionLayer(dim, heads=heads, dropout=dropout)
-        self.feed_forward = FeedForwardLayer(dim, hidden_dim=feedforward_dim, dropout=dropout)
+        self.self_attention = AttentionLayer(dim, heads=heads)
+        self.feed_forward = FeedForwardLayer(dim, hidden_dim=feedforward_dim)
 
     def forward(self, tokens: Tensor, *, position: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend over the whole map or what the mask leaves of it, then transform every token.

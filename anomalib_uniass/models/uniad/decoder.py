@@ -44,15 +44,14 @@ class QueryDecoderLayer(nn.Module):
         tokens: Number N of tokens, and of queries.
         heads: Number of attention heads; must divide `dim`.
         feedforward_dim: Width of the feed-forward layer.
-        dropout: Dropout of attention and feed-forward layers.
     """
 
-    def __init__(self, dim: int, *, tokens: int, heads: int, feedforward_dim: int, dropout: float) -> None:
+    def __init__(self, dim: int, *, tokens: int, heads: int, feedforward_dim: int) -> None:
         super().__init__()
         self.query_embedding = nn.Embedding(tokens, dim)
-        self.memory_attention = AttentionLayer(dim, heads=heads, dropout=dropout)
-        self.previous_attention = AttentionLayer(dim, heads=heads, dropout=dropout)
-        self.feed_forward = FeedForwardLayer(dim, hidden_dim=feedforward_dim, dropout=dropout)
+        self.memory_attention = AttentionLayer(dim, heads=heads)
+        self.previous_attention = AttentionLayer(dim, heads=heads)
+        self.feed_forward = FeedForwardLayer(dim, hidden_dim=feedforward_dim)
 
     def forward(self, previous: Tensor, memory: Tensor, *, position: Tensor, mask: Tensor) -> Tensor:
         """Decode once more.

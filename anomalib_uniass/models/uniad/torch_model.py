@@ -22,7 +22,6 @@ from anomalib_uniass.models.uniad.decoder import LearnedPositionEmbedding2d, Que
 
 HEADS = 8
 DEPTH = 4
-DROPOUT = 0.1
 
 
 class Reconstruction(NamedTuple):
@@ -89,13 +88,10 @@ class UniADModel(TiledModel):
             self.input_proj = nn.Linear(channels, hidden_dim)
             self.position = LearnedPositionEmbedding2d(self.grid_size, hidden_dim)
             self.encoder = nn.ModuleList(
-                EncoderLayer(hidden_dim, heads=HEADS, feedforward_dim=feedforward_dim, dropout=DROPOUT)
-                for _ in range(DEPTH)
+                EncoderLayer(hidden_dim, heads=HEADS, feedforward_dim=feedforward_dim) for _ in range(DEPTH)
             )
             self.decoder = nn.ModuleList(
-                QueryDecoderLayer(
-                    hidden_dim, tokens=height * width, heads=HEADS, feedforward_dim=feedforward_dim, dropout=DROPOUT
-                )
+                QueryDecoderLayer(hidden_dim, tokens=height * width, heads=HEADS, feedforward_dim=feedforward_dim)
                 for _ in range(DEPTH)
             )
             self.norm = nn.LayerNorm(hidden_dim)

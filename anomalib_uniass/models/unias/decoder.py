@@ -11,6 +11,7 @@ from anomalib_uniass.layers.position_encoding import sine_position_encoding_2d
 from anomalib_uniass.layers.transformer import AttentionLayer, FeedForwardLayer
 
 HEADS = 4
+"""Attention heads; they must divide D, and N where there is a channel branch."""
 
 
 class SpatialChannelDecoder(nn.Module):
@@ -22,8 +23,6 @@ class SpatialChannelDecoder(nn.Module):
         grid_size: Height and width of the token grid, N = h * w.
         levels: Number of levels.
         channel_branch: Run the channel branch beside the spatial one (the release's VisA configuration does not).
-        heads: Attention heads; must divide D, and N if there is a channel branch.
-        dropout: Dropout of attention and feed-forward layers.
     """
 
     position: Tensor
@@ -37,8 +36,6 @@ class SpatialChannelDecoder(nn.Module):
         grid_size: tuple[int, int],
         levels: int,
         channel_branch: bool = True,
-        heads: int = HEADS,
-        dropout: float = 0.1,
     ) -> None:
         super().__init__()
         height, width = grid_size
@@ -51,8 +48,6 @@ class SpatialChannelDecoder(nn.Module):
                 feedforward_dim=feedforward_dim,
                 grid_size=grid_size,
                 channel_branch=channel_branch,
-                heads=heads,
-                dropout=dropout,
             )
             for _ in range(levels)
         )
@@ -85,18 +80,12 @@ class SpatialChannelDecoderBlock(nn.Module):
         feedforward_dim: int,
         grid_size: tuple[int, int],
         channel_branch: bool,
-        heads: int,
-        dropout: float,
     ) -> None:
         super().__init__()
         height, width = grid_size
         self.grid_size = grid_size
-        self.spatial = DecoderBranch(hidden_dim, heads=heads, feedforward_dim=feedforward_dim, dropout=dropout)
-        self.channel = (
-            DecoderBranch(height * width, heads=heads, feedforward_dim=feedforward_dim, dropout=dropout)
-            if channel_branch
-            else None
-        )
+        self.spatial = DecoderBranch(hidden_dim, feedforward_dim=feedforward_dim)
+        self.channel = DecoderBranch(height * width, feedforward_dim=feedforward_dim) if channel_branch else None
         self.mgg_cnn = MultiGranularityGatedCNN(hidden_dim, hidden_dim)
 
     def forward(
@@ -125,11 +114,11 @@ class DecoderBranch(nn.Module):
     The channel branch runs it on transposed tokens: D channels of width N.
     """
 
-    def __init__(self, dim: int, *, heads: int, feedforward_dim: int, dropout: float) -> None:
+    def __init__(self, dim: int, *, feedforward_dim: int) -> None:
         super().__init__()
-        self.cross_attention = AttentionLayer(dim, heads=heads, dropout=dropout)
-        self.self_attention = AttentionLayer(dim, heads=heads, dropout=dropout)
-        self.feed_forward = FeedForwardLayer(dim, hidden_dim=feedforward_dim, dropout=dropout)
+        self.cross_attention = AttentionLayer(dim, heads=HEADS)
+        self.self_attention = AttentionLayer(dim, heads=HEADS)
+        self.feed_forward = FeedForwardLayer(dim, hidden_dim=feedforward_dim)
 
     def forward(
         self,

@@ -10,6 +10,9 @@ from anomalib_uniass.layers.position_encoding import sine_position_encoding_2d
 from anomalib_uniass.layers.transformer import EncoderLayer
 
 NORM_GROUPS = 32
+HEADS = 4
+DEPTH = 3
+"""Encoder layers on the deepest level."""
 
 
 class FPNPixelDecoder(nn.Module):
@@ -20,9 +23,6 @@ class FPNPixelDecoder(nn.Module):
         hidden_dim: Width D, a multiple of 32.
         feedforward_dim: Width of the encoder's feed-forward layers.
         grid_size: Height and width of the deepest level.
-        heads: Attention heads of the encoder.
-        depth: Encoder layers on the deepest level.
-        dropout: Dropout of the encoder.
     """
 
     def __init__(
@@ -32,16 +32,12 @@ class FPNPixelDecoder(nn.Module):
         hidden_dim: int,
         feedforward_dim: int,
         grid_size: tuple[int, int],
-        heads: int = 4,
-        depth: int = 3,
-        dropout: float = 0.1,
     ) -> None:
         *fine, deepest = in_channels
         super().__init__()
         self.input_proj = nn.Conv2d(deepest, hidden_dim, kernel_size=1)
         self.encoder = nn.ModuleList(
-            EncoderLayer(hidden_dim, heads=heads, feedforward_dim=feedforward_dim, dropout=dropout)
-            for _ in range(depth)
+            EncoderLayer(hidden_dim, heads=HEADS, feedforward_dim=feedforward_dim) for _ in range(DEPTH)
         )
         self.register_buffer("position", sine_position_encoding_2d(*grid_size, hidden_dim), persistent=False)
         self.deepest_conv = nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, bias=False)
