@@ -145,18 +145,31 @@ def what_gets_lost(
         small, lost = sizes.smaller_than(TOKEN), sizes.smaller_than(1)
         if not small:
             continue
-        advice = []
-        if tile_size is None and (advised := sizes.advised_size(image_size)):
-            advice.append(f"image_size [{advised[0]}, {advised[1]}]")
-        if tile := sizes.advised_tile(image_size):
-            advice.append(f"tile_size {tile}")
         text = (
             f"at {image_size[0]} x {image_size[1]} pixels {100 * small:.0f} % of {len(sizes.sides)} defects in the "
-            f"masks become smaller than a token ({TOKEN} x {TOKEN} pixels), {100 * lost:.0f} % smaller than a pixel."
-            + (f" {' or '.join(advice)} would keep nine of ten above a token." if advice else "")
+            f"masks become smaller than a token ({TOKEN} x {TOKEN} pixels, which the model reconstructs as one), "
+            f"{100 * lost:.0f} % smaller than a pixel. {_advice(sizes, image_size, by_tiles=tile_size is not None)}"
         )
         losses[category] = Loss(text, is_total=lost > 0)
     return losses
+
+
+def _advice(sizes: DefectSizes, image_size: tuple[int, int], *, by_tiles: bool) -> str:
+    """Return what would keep nine of ten defects above a token, or why nothing needs to or can."""
+    if sizes.smaller_than(TOKEN) <= SMALL or np.quantile(sizes.sides * sizes.scales, SMALL) >= TOKEN:
+        return "About nine of ten stay above a token: leave the size as it is, unless the others matter most."
+    advised = None if by_tiles else sizes.advised_size(image_size)
+    tile = sizes.advised_tile(image_size)
+    options = [f"image_size [{advised[0]}, {advised[1]}]"] if advised else []
+    options += [f"tile_size {tile}"] if tile else []
+    if options:
+        return f"{' or '.join(options)} would keep nine of ten above a token."
+    side, (height, width) = np.quantile(sizes.sides, SMALL), sizes.native
+    return (
+        f"No image_size or tile_size that the images, of up to {height} x {width} pixels, fill would keep nine of ten "
+        f"above a token: nine of ten are at least {side:.0f} pixels wide in them. Photograph the parts from closer or "
+        "with more pixels, or expect that the smallest are missed."
+    )
 
 
 def say_what_gets_lost(

@@ -12,7 +12,7 @@ from anomalib.engine import Engine
 from PIL import ExifTags, Image
 
 from anomalib_uniass import UniAS, Unified
-from anomalib_uniass.data.defect_sizes import MOST_MASKS, check_sizes, defect_sizes, say_what_gets_lost
+from anomalib_uniass.data.defect_sizes import MOST_MASKS, check_sizes, defect_sizes, say_what_gets_lost, what_gets_lost
 from tests.helpers.datasets import make_mvtec_layout
 
 
@@ -81,6 +81,31 @@ def test_lost_defects_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert "50 % smaller than a pixel" in dust.getMessage()
     assert "holes: at 224 x 224 pixels 100 % of 1 defects" in holes.getMessage()
     assert "image_size [384, 384] would keep nine of ten" in holes.getMessage()
+
+
+@pytest.mark.parametrize("tile_size", [None, (64, 64)])
+@pytest.mark.parametrize(
+    ("shape", "squares", "says"),
+    [
+        # One of eleven is small, whatever the tiles; then all are, in images without a pixel to spare; then the tenth.
+        ((224, 224), (3, *[60] * 10), "About nine of ten stay above a token"),
+        ((224, 224), (3, *[60] * 8), "About nine of ten stay above a token"),
+        (
+            (100, 100),
+            (2, 2),
+            "up to 100 x 100 pixels, fill would keep nine of ten above a token: nine of ten are at least 2",
+        ),
+        ((224, 300), (2,), "Photograph the parts from closer"),
+    ],
+)
+def test_a_share_comes_with_an_advice_or_a_reason(
+    shape: tuple[int, int], squares: tuple[int, ...], says: str, tile_size: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    masks = [write_mask(tmp_path / f"{number}.png", shape, side) for number, side in enumerate(squares)]
+    (loss,) = what_gets_lost(frame(a=list(masks)), (224, 224), tile_size=tile_size).values()
+    assert says in loss.text
+    assert "which the model reconstructs as one" in loss.text
+    assert " would keep nine of ten above a token." not in loss.text
 
 
 @pytest.mark.parametrize("single", [False, True])
