@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from anomalib_uniass.text import storable
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -32,10 +34,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text in UTF-8 in one step, see :func:`replacing`.
+    """Write a text in UTF-8 in one step, see :func:`replacing`; bytes that are not UTF-8 become readable codes.
 
     Raises:
         OSError: If it cannot be written; the message names `path`.
     """
     with replacing(path) as draft:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_text(storable(text), encoding="utf-8")

@@ -86,6 +86,8 @@ PRIVATE = {
     "_data_source": Internal(lambda: trainer().fit_loop._data_source, object),
     # Lightning: the step that a checkpoint callback saved last, and does not save again
     "_last_global_step_saved": Internal(lambda: ModelCheckpoint()._last_global_step_saved, int),
+    # Lightning: the folder of a trainer, which can be given to its constructor alone
+    "_default_root_dir": Internal(lambda: trainer()._default_root_dir, str),
     # timm: the stages behind the taps
     "_stage_out_idx": Internal(lambda: pyramid()._stage_out_idx, dict),
     # torch: a module's move to another device or precision, and what a distributed one need not send
@@ -136,6 +138,8 @@ UNDOCUMENTED = {
     "enable_validation": Internal(lambda: trainer().enable_validation, bool),
     "checkpoint_callbacks": Internal(lambda: trainer().checkpoint_callbacks, list),
     "strategy.checkpoint_io": Internal(lambda: trainer().strategy.checkpoint_io, CheckpointIO),
+    "predict_loop.return_predictions": Internal(lambda: trainer().predict_loop.return_predictions, bool),
+    "strategy.broadcast": Internal(lambda: trainer().strategy.broadcast, "obj, src"),
     "strategy.reduce": Internal(lambda: trainer().strategy.reduce, "tensor, args, kwargs"),
     # anomalib's writer of checkpoints
     "extra_safe_globals": Internal(lambda: AnomalibCheckpointIO().extra_safe_globals, object),

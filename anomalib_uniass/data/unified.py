@@ -43,6 +43,7 @@ from anomalib_uniass.metrics import CategoryMetricsCallback
 from anomalib_uniass.metrics.category_metrics import MEAN
 from anomalib_uniass.report.callback import ReportCallback
 from anomalib_uniass.report.comparison import ComparisonCallback
+from anomalib_uniass.results import run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -251,6 +252,8 @@ class Unified(AnomalibDataModule):
         self._check_folders()
         for part in self._parts().values():
             part.prepare_data()
+        if self.trainer is not None and self.trainer.is_global_zero:
+            run_folder(self.trainer).open(self.trainer)
 
     def _check_folders(self) -> None:
         """Refuse a root that holds data, but not all that is asked for; the source would download everything again."""
@@ -455,6 +458,7 @@ class Unified(AnomalibDataModule):
                 callbacks.append(ReportCallback(read_image, notes=self._small_defects))
             if self.comparison and not any(isinstance(callback, ComparisonCallback) for callback in callbacks):
                 callbacks.insert(0, ComparisonCallback(self.comparison))
+            run_folder(self.trainer)
 
     def train_dataloader(self) -> DataLoader[object]:
         """Make the loader of the training images, and their cache if there is none for this resize.

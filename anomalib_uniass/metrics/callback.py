@@ -133,14 +133,18 @@ class CategoryMetricsCallback(Callback):
             return
         datamodule = getattr(trainer, "datamodule", None)
         datamodule_name = None if datamodule is None else type(datamodule).__name__
-        Console().print(format_table(self.table, title=f"{model} per category"))
         directory = Path(trainer.default_root_dir) / "metrics"
         try:
             paths = write_table(self.table, directory, model=model, datamodule=datamodule_name, map_size=map_size)
         except OSError as error:
-            logger.warning("per-category metrics were printed but could not be saved below %s: %s", directory, error)
+            logger.warning("per-category metrics could not be saved below %s: %s", directory, error)
         else:
             logger.info("per-category metrics saved to %s and %s", *paths)
+        console = Console()
+        try:
+            console.print(format_table(self.table, title=f"{model} per category", encoding=console.encoding))
+        except OSError as error:  # such as a log on a disk that is full
+            logger.warning("per-category metrics could not be printed: %s", error)
 
 
 def _test_samples(datamodule: LightningDataModule | None) -> pd.DataFrame | None:

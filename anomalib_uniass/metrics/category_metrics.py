@@ -261,7 +261,10 @@ def _image_keys(names: Sequence[str]) -> Tensor:
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if is_distributed else 0
     # Names do not gather across ranks; hashes of this length do not collide.
-    digests = [hashlib.blake2b(name.encode(), digest_size=16).digest() if name else bytes(16) for name in names]
+    digests = [
+        hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=16).digest() if name else bytes(16)
+        for name in names
+    ]
     halves = [[int.from_bytes(half, "little", signed=True) for half in (d[:8], d[8:])] for d in digests]
     return torch.tensor([[*pair, rank] for pair in halves], dtype=torch.int64).view(-1, 3)
 

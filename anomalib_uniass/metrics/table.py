@@ -13,14 +13,16 @@ from rich.table import Table
 from anomalib_uniass.files import replace_text, replacing
 from anomalib_uniass.metrics.category_metrics import COUNTS, MEAN
 from anomalib_uniass.metrics.functional import METRICS
+from anomalib_uniass.text import cell, one_line, storable
 
 
-def format_table(table: dict[str, dict[str, float]], title: str | None = None) -> Table:
+def format_table(table: dict[str, dict[str, float]], title: str | None = None, *, encoding: str = "utf-8") -> Table:
     """Format a table for `rich.print`: percent with two decimals, one row per category, the mean last.
 
     Args:
         table: Rows of `CategoryMetrics.compute`, values in [0, 1]; NaN is shown as "-".
         title: Line above the table.
+        encoding: What the terminal can show; other letters of a name are escaped.
     """
     output = Table(title=title, box=box.SIMPLE, caption="percent; mean over categories")
     output.add_column("category", overflow="fold")
@@ -31,7 +33,7 @@ def format_table(table: dict[str, dict[str, float]], title: str | None = None) -
         if name == MEAN:
             output.add_section()
         percents = ("-" if math.isnan(row[key]) else f"{100 * row[key]:.2f}" for key in METRICS)
-        output.add_row(escape(name), *(str(int(row[key])) for key in COUNTS), *percents)
+        output.add_row(escape(one_line(name, encoding)), *(str(int(row[key])) for key in COUNTS), *percents)
     return output
 
 
@@ -45,7 +47,8 @@ def write_table(
 ) -> tuple[Path, Path]:
     """Write `per_category.csv` and `per_category.json`, values in [0, 1] with full precision.
 
-    Each file replaces an earlier one in one step, or leaves it as it was.
+    Each file replaces an earlier one in one step, or leaves it as it was. Names that are not UTF-8, or look like
+    formulas, are written as :mod:`anomalib_uniass.text` says.
 
     Args:
         table: Rows of `CategoryMetrics.compute`.
@@ -68,10 +71,11 @@ def write_table(
         writer = csv.writer(file)
         writer.writerow(["category", *COUNTS, *METRICS])
         for name, row in table.items():
-            writer.writerow([name, *(int(row[key]) for key in COUNTS), *(row[key] for key in METRICS)])
+            writer.writerow([cell(name), *(int(row[key]) for key in COUNTS), *(row[key] for key in METRICS)])
 
     rows = {
-        name: {key: None if math.isnan(value) else value for key, value in row.items()} for name, row in table.items()
+        storable(name): {key: None if math.isnan(value) else value for key, value in row.items()}
+        for name, row in table.items()
     }
     report = {
         "model": model,

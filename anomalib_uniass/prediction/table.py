@@ -4,6 +4,7 @@
 import csv
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,21 +14,26 @@ from anomalib.data import ImageBatch
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
 from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms.v2 import CenterCrop, Compose
 
 from anomalib_uniass.data.images import is_misread
 from anomalib_uniass.distribution import of_all_processes
+from anomalib_uniass.failures import Failures
 from anomalib_uniass.files import replacing
 from anomalib_uniass.prediction.names import current_datasets, given_folder, name_below
+from anomalib_uniass.results import PREDICTIONS
+from anomalib_uniass.text import cell
 from anomalib_uniass.thresholds.decisions import decision_thresholds
 from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
 
 logger = logging.getLogger(__name__)
 
-PREDICTIONS = "predictions.csv"
 MOST_REGIONS = 20
+MUCH_MEMORY = 1_000_000_000
+"""Bytes of predictions that are kept to be returned, from which on their number is said."""
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -57,12 +63,19 @@ class PredictionTable(Callback):
       ``[x, y, width, height, area]`` in pixels of the image file as it is shown, from its top left. The mask has a
       threshold of its own, so that a good image can have regions.
 
-    Without thresholds ``threshold``, ``label`` and ``regions`` are empty. Must stand behind the post-processor: models
-    add it to their own callbacks.
+    Without thresholds ``threshold``, ``label`` and ``regions`` are empty; ``regions`` also where the image has gone.
+    Paths and categories that are not UTF-8 or look like formulas are written as :mod:`anomalib_uniass.text` says. A
+    prediction that ends early leaves the rows that it had. Must stand behind the post-processor: models add it to their
+    own callbacks.
+
+    anomalib's command has no use for the predictions themselves, so they are let go after each batch. In Python
+    ``Engine.predict`` returns them all, photographs and maps; with ``return_predictions=False`` it keeps nothing but
+    the table, and the pictures on the disk.
     """
 
     def __init__(self) -> None:
         self._rows: dict[str, Row] = {}
+        self._no_size = Failures(logger, "No regions")
         self._folder: Path | None = None
         self._category_of_path: dict[str, str] = {}
 
@@ -70,6 +83,8 @@ class PredictionTable(Callback):
         """Find the folder that paths are relative to, and the categories that datasets tell."""
         self._rows = {}
         self._folder = given_folder(trainer)
+        if any(isinstance(callback, SaveConfigCallback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.predict_loop.return_predictions = False  # the command line's: it drops what is returned
         for dataset in current_datasets(trainer):
             samples = getattr(dataset, "samples", None)
             if samples is not None and "category" in samples.columns:
@@ -81,7 +96,9 @@ class PredictionTable(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: ImageBatch, *args: Any, **kwargs: Any
     ) -> None:
         """Keep the rows of a batch."""
-        del trainer, args, kwargs
+        if trainer.predict_loop.return_predictions and args[1] == 0:
+            _say_what_is_kept(outputs, sum(trainer.num_predict_batches))
+        del args, kwargs
         if outputs.image_path is None or outputs.pred_score is None:
             return
         post_processor = cast("PostProcessor | None", pl_module.post_processor)
@@ -95,7 +112,7 @@ class PredictionTable(Callback):
             if thresholds.image is not None:
                 threshold = str(thresholds.image)
                 label = "defective" if numbers[index] > thresholds.image else "good"
-            if masks is not None and (size := _image_size(path)) is not None:
+            if masks is not None and (size := self._size(path)) is not None:
                 regions = json.dumps(_regions(masks[index], size))
             name = name_below(path, self._folder).as_posix()
             self._rows[path] = Row(name, categories[index], str(numbers[index]), threshold, label, regions)
@@ -103,26 +120,59 @@ class PredictionTable(Callback):
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the rows of all processes and write them."""
         del pl_module
+        self._no_size.end()
         rows = {path: row for part in of_all_processes(self._rows) for path, row in part.items()}
         self._rows = {}
         if not trainer.is_global_zero:
             return
-        file = Path(trainer.default_root_dir) / PREDICTIONS
         if not rows:
-            logger.warning("%s is not written: the predictions have no scores, or their images no paths.", file)
+            logger.warning("There is no %s: the predictions have no scores, or their images no paths.", PREDICTIONS)
             return
+        self._save(trainer, rows)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write what a prediction has found before it ended, unless other processes have part of it."""
+        del pl_module, exception
+        rows, self._rows = self._rows, {}
+        if rows and trainer.world_size == 1:
+            logger.warning("The prediction ended early, after %d images.", len(rows))
+            self._save(trainer, rows)
+
+    def _save(self, trainer: Trainer, rows: dict[str, Row]) -> None:
+        """Write rows, or say why not."""
+        file = Path(trainer.default_root_dir) / PREDICTIONS
         try:
-            _write(sorted(rows.values()), file)
+            _write(rows.values(), file)
         except OSError as error:
             logger.warning("The predictions could not be saved to %s: %s", file, error)
         else:
             logger.info("Scores and regions of %d images: %s", len(rows), file)
+
+    def _size(self, path: str) -> tuple[int, int] | None:
+        """Return width and height of an image as it is shown, None where that cannot be told."""
+        try:
+            return _image_size(path)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            self._no_size.add(path, error)
+            return None
 
     def _categories(self, post_processor: PostProcessor | None, batch: ImageBatch) -> list[str]:
         """Return the category of each image of a batch, empty where it is unknown."""
         if isinstance(post_processor, CategoryThresholdPostProcessor):
             return [category or "" for category in post_processor.categories_of(batch)]
         return [self._category_of_path.get(str(path), "") for path in cast("list[str]", batch.image_path)]
+
+
+def _say_what_is_kept(batch: ImageBatch, batches: float) -> None:
+    """Warn if the predictions of all batches take much memory, judged by the first one."""
+    tensors = [value for value in vars(batch).values() if isinstance(value, Tensor)]
+    size = batches * sum(tensor.nbytes for tensor in tensors)
+    if size > MUCH_MEMORY:
+        logger.warning(
+            "Engine.predict returns all predictions, which take %.1f GB of memory until then. "
+            "With return_predictions=False they are let go; %s and the pictures are written all the same.",
+            *(size / 1e9, PREDICTIONS),
+        )
 
 
 def _regions(mask: Tensor, size: tuple[int, int]) -> list[list[int]]:
@@ -162,10 +212,11 @@ def _crops(pre_processor: object) -> bool:
     return any(isinstance(step, CenterCrop) for step in steps)
 
 
-def _write(rows: list[Row], file: Path) -> None:
+def _write(rows: Iterable[Row], file: Path) -> None:
     """Write the table."""
+    cells = sorted(row._replace(path=cell(row.path), category=cell(row.category)) for row in rows)
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(Row._fields)
-        writer.writerows(rows)
+        writer.writerows(cells)

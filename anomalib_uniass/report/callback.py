@@ -14,12 +14,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from anomalib_uniass.distribution import of_all_processes
+from anomalib_uniass.failures import Failures
 from anomalib_uniass.metrics import CategoryMetricsCallback
 from anomalib_uniass.metrics.category_metrics import MEAN
 from anomalib_uniass.metrics.functional import METRICS
 from anomalib_uniass.report.charts import category_chart
 from anomalib_uniass.report.gallery import KINDS, Example, Gallery, Maps, TestedImage, picture, reduce_map
 from anomalib_uniass.report.page import HEADINGS, PICTURE_BYTES, versions, worst_first, write_page
+from anomalib_uniass.text import one_line
 from anomalib_uniass.thresholds.decisions import decision_thresholds
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ class ReportCallback(Callback):
         self._notes = notes
         self._images: dict[str, TestedImage] = {}
         self._gallery = Gallery(MOST_OF_A_KIND)
+        self._not_drawn = Failures(logger, "No picture on the page")
         self._metrics: CategoryMetricsCallback | None = None
         self._start = 0.0
 
@@ -129,7 +132,7 @@ class ReportCallback(Callback):
             facts = _facts(trainer, pl_module, time.monotonic() - self._start)
             _write(directory / "report.html", metrics.table, self.findings, test, facts, self._notes())
         except (OSError, ValueError) as error:  # it must not cost the test
-            logger.warning("The page of the test could not be written: %s", error)
+            logger.warning("The page of the test, %s, could not be written: %s", directory / "report.html", error)
         else:
             logger.info("The test as a page: %s", directory / "report.html")
 
@@ -153,19 +156,26 @@ class ReportCallback(Callback):
         # Every category has its first picture of each kind before one has its second.
         for place, name, kind in itertools.product(range(MOST_OF_A_KIND), names, KINDS):
             examples = test.gallery.examples.get((name, kind), [])
-            if place < len(examples) and spent < PICTURE_BYTES and Path(examples[place].image.path).is_file():
+            if place < len(examples) and spent < PICTURE_BYTES:
                 drawn = self._draw(examples[place], highest=_highest(test.gallery, name))
-                findings[name]["pictures"].setdefault(kind, []).append(drawn)
-                spent += len(drawn["source"])
+                if drawn is not None:
+                    findings[name]["pictures"].setdefault(kind, []).append(drawn)
+                    spent += len(drawn["source"])
+        self._not_drawn.end()
         return findings
 
-    def _draw(self, example: Example, *, highest: float) -> Picture:
-        """Draw an example."""
+    def _draw(self, example: Example, *, highest: float) -> Picture | None:
+        """Draw an example; an image that has gone or cannot be read is told, and has none."""
         path = Path(example.image.path)
+        try:
+            image = self._read_image(str(path))
+        except (OSError, ValueError) as error:
+            self._not_drawn.add(str(path), error)
+            return None
         return Picture(
-            path=Path(*path.parts[-3:]).as_posix(),
+            path=one_line(Path(*path.parts[-3:]).as_posix()),
             score=example.image.score,
-            source=picture(self._read_image(str(path)), example.maps, highest=highest),
+            source=picture(image, example.maps, highest=highest),
         )
 
 

@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from anomalib_uniass.text import one_line, storable
+
 GOOD, DEFECTIVE = "#3b82d0", "#e0663a"
 MODELS = ("#3b82d0", "#e0663a", "#2f9e6e", "#b06fc9", "#b8901f", "#5f7f8f")
 """Colours of models in the order of their tests; with more of them they repeat."""
@@ -44,7 +46,7 @@ def category_chart(
         curve: Precision-recall curve of the pixels.
         name: Of the category; keeps the identifiers of several charts in a page apart.
     """
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": storable(name)}):
         figure = Figure(figsize=(6.4, 2.4))
         figure.subplots_adjust(left=0.08, right=0.97, bottom=0.2, top=0.85, wspace=0.25)  # quicker than a layout engine
         scores, pixels = figure.subplots(1, 2)
@@ -61,7 +63,7 @@ def comparison_chart(models: Mapping[str, Mapping[str, Any]], *, name: str) -> s
         models: By model the keys ``good``, ``defective``, ``threshold`` and ``curve``, as of :func:`category_chart`.
         name: Of the category.
     """
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": storable(name)}):
         figure = Figure(figsize=(2.2 * (len(models) + 1) + 1, 2.3), layout="constrained")
         *histograms, pixels = figure.subplots(1, len(models) + 1)
         for axes, (model, found) in zip(histograms, models.items(), strict=True):
@@ -87,7 +89,8 @@ def bar_chart(values: Mapping[str, Mapping[str, float]], *, label: str, png: Pat
             places = np.arange(len(categories)) + (i - (len(values) - 1) / 2) * width
             axes.bar(places, [row.get(c, np.nan) for c in categories], width, label=model, color=_colour(i))
         # Names may have a $, which would begin a formula.
-        axes.set_xticks(range(len(categories)), categories, rotation=45, ha="right", parse_math=False)
+        names = [one_line(category) for category in categories]
+        axes.set_xticks(range(len(categories)), names, rotation=45, ha="right", parse_math=False)
         axes.set_ylabel(label)
         columns = max(1, min(3, 60 // max(map(len, values))))  # as many as names have room
         figure.legend(loc="outside upper center", ncols=columns, frameon=False)

@@ -3,6 +3,7 @@
 
 import inspect
 import json
+import logging
 import math
 import time
 import zlib
@@ -22,6 +23,9 @@ from anomalib_uniass.report.callback import ReportCallback
 from anomalib_uniass.report.charts import bar_chart, comparison_chart
 from anomalib_uniass.report.gallery import KINDS
 from anomalib_uniass.report.page import HEADINGS, PICTURE_BYTES, versions, worst_first, write_page
+from anomalib_uniass.text import cell
+
+logger = logging.getLogger(__name__)
 
 COSTS = ("parameters", "trainable_parameters", "fit_seconds", "test_seconds")
 
@@ -91,9 +95,12 @@ class ComparisonCallback(Callback):
             },
             "findings": findings[0] if findings else {},
         }
-        path = self.directory / "models" / f"{name}-{zlib.crc32(settings.encode()):08x}.json"
-        replace_text(path, json.dumps(figures, indent=2, allow_nan=False) + "\n")
-        write_comparison(self.directory)
+        path = self.directory / "models" / f"{name}-{zlib.crc32(settings.encode(errors='surrogatepass')):08x}.json"
+        try:
+            replace_text(path, json.dumps(figures, indent=2, allow_nan=False) + "\n")
+            write_comparison(self.directory)
+        except OSError as error:  # it must not cost the test
+            logger.warning("The comparison lacks this test, or is older than it: %s", error)
 
 
 def write_comparison(directory: Path | str) -> None:
@@ -130,11 +137,11 @@ def write_comparison(directory: Path | str) -> None:
     table = pd.DataFrame(means)[["model", *METRICS, *COSTS, *COUNTS, "settings"]]
     table = table.astype({"parameters": "Int64", "trainable_parameters": "Int64"})
     with replacing(directory / "table.csv") as draft:
-        table.to_csv(draft, index=False)
+        _cells(table).to_csv(draft, index=False)
     replace_text(directory / "table.md", _markdown(table))
     per_category = pd.DataFrame(categories)[["model", "category", *COUNTS, *METRICS]]
     with replacing(directory / "per_category.csv") as draft:
-        per_category.to_csv(draft, index=False)
+        _cells(per_category).to_csv(draft, index=False)
     pixel_ap: dict[str, dict[str, float]] = {name: {} for name in named}
     for row in per_category.astype({"pixel_AP": float}).to_dict("records"):
         pixel_ap[row["model"]][row["category"]] = 100 * row["pixel_AP"]
@@ -203,6 +210,12 @@ def _settings(model: LightningModule) -> str:
         for name, value in sorted(model.hparams.items())
         if name in parameters and value != parameters[name].default
     )
+
+
+def _cells(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table whose texts are safe in the cells of a CSV file."""
+    texts = {name: table[name].map(cell) for name in ("model", "category", "settings") if name in table}
+    return table.assign(**texts)
 
 
 def _markdown(table: pd.DataFrame) -> str:

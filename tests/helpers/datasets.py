@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ def _size(image_size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _tint(category: str) -> tuple[np.random.Generator, np.ndarray]:
     """Randomness and mean colour that belong to a category, whichever others there are."""
-    rng = np.random.default_rng(zlib.crc32(category.encode()))
+    rng = np.random.default_rng(zlib.crc32(os.fsencode(category)))
     return rng, rng.uniform(70, 180, size=3)
 
 

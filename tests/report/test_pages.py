@@ -231,13 +231,33 @@ def test_what_cannot_be_written_costs_the_page_alone(tmp_path: Path, caplog: pyt
     assert "could not be written" in caplog.text
 
 
-def test_images_that_are_gone_cost_their_pictures_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError])
+def test_images_that_are_gone_cost_their_pictures_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: type[Exception]
+) -> None:
     def read(path: str) -> Tensor:
-        msg = f"{path}: is broken"
-        raise ValueError(msg)
+        if path.endswith("1_2.png"):
+            msg = f"{path}: is broken"
+            raise error(msg)
+        return torch.rand(3, 8, 8)
 
-    assert page_of(tmp_path, ["bolt"], read=read) == ""
-    assert "is broken" in caplog.text
+    page = page_of(tmp_path, ["bolt", "cap"], read=read)
+    bolt, cap = page.split("<section")[1:]
+    assert bolt.count("<img") == 5
+    assert cap.count("<img") == 3  # it is a hit and a miss
+    assert caplog.text.count("1_2.png: is broken") == 1
+
+
+def test_a_page_without_any_picture_is_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def read(path: str) -> Tensor:
+        msg = f"{path}: is gone"
+        raise FileNotFoundError(msg)
+
+    page = page_of(tmp_path, [f"category {number}" for number in range(4)], read=read)
+    assert page.count("<h2>category") == 4
+    assert "<img" not in page
+    assert caplog.text.count("is gone") == 5
+    assert "12 files in all" in caplog.text
 
 
 # --- The curve -------------------------------------------------------------------------------------------------------
