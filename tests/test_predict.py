@@ -32,6 +32,7 @@ from anomalib_uniass.deploy.pre_processor import PreProcessor
 from anomalib_uniass.prediction import PathVisualizer, PredictionTable, table
 from anomalib_uniass.prediction.names import name_below
 from anomalib_uniass.prediction.table import MOST_REGIONS, Row, _regions
+from anomalib_uniass.results import RunFolder
 from tests.helpers.datasets import make_mvtec_layout
 from tests.test_cli import SMALL_MODEL, Anomalib, anomalib
 
@@ -589,7 +590,8 @@ def test_a_model_keeps_nothing_of_a_prediction(trained: UniAS, twins: Path, tmp_
     assert (trained.visualizer._folder, trained.visualizer._written) == (None, {})
     assert trained.visualizer.output_dir is None
     callbacks = trained.configure_callbacks()
-    assert isinstance(callbacks[-1], PredictionTable)
+    assert isinstance(callbacks[-2], PredictionTable)
+    assert isinstance(callbacks[-1], RunFolder), "it removes folders in which the others have left nothing"
 
 
 def test_labels_of_a_picture_fit_on_its_panels() -> None:

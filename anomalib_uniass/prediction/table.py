@@ -4,6 +4,7 @@
 import csv
 import json
 import logging
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -96,7 +97,7 @@ class PredictionTable(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: ImageBatch, *args: Any, **kwargs: Any
     ) -> None:
         """Keep the rows of a batch."""
-        if trainer.predict_loop.return_predictions and args[1] == 0:
+        if trainer.predict_loop.return_predictions and args[1] == 0 and not self._rows:
             _say_what_is_kept(outputs, sum(trainer.num_predict_batches))
         del args, kwargs
         if outputs.image_path is None or outputs.pred_score is None:
@@ -167,7 +168,7 @@ def _say_what_is_kept(batch: ImageBatch, batches: float) -> None:
     """Warn if the predictions of all batches take much memory, judged by the first one."""
     tensors = [value for value in vars(batch).values() if isinstance(value, Tensor)]
     size = batches * sum(tensor.nbytes for tensor in tensors)
-    if size > MUCH_MEMORY:
+    if MUCH_MEMORY < size < math.inf:
         logger.warning(
             "Engine.predict returns all predictions, which take %.1f GB of memory until then. "
             "With return_predictions=False they are let go; %s and the pictures are written all the same.",
