@@ -441,6 +441,18 @@ def test_readme_is_short_and_narrow() -> None:
     assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
 
 
+def test_words_are_explained_where_the_readme_points_to() -> None:
+    """Before its first table; these were used by README and docs without a word on what they are."""
+    terms = (ROOT / "docs/terms.md").read_text(encoding="utf-8")
+    explained = " ".join(re.findall(r"^\| ([^|]+) \|", terms, re.MULTILINE))
+    words = "pixel AP, AUPRO, DSC, pixel F1-max, image AUROC, mask, false-positive rate, category, threshold, 0.5, "
+    words += "calibration, backbone, level, stride, token, memory bank, coreset, recipe, preset, segmentation head, "
+    words += "CKPT, DIR, IMAGES, epoch, INT8, bfloat16, OpenVINO, AMX, acceleration"
+    assert [word for word in words.split(", ") if word not in explained] == []
+    before_tables = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n|")[0]
+    assert "(docs/terms.md)" in before_tables
+
+
 @pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda p: p.name)
 def test_a_page_of_the_docs_is_short_and_narrow(page: Path) -> None:
     lines = page.read_text(encoding="utf-8").splitlines()
