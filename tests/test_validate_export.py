@@ -18,13 +18,14 @@ from anomalib_uniass import UniAS, Unified
 from anomalib_uniass.__main__ import main as command
 from anomalib_uniass.deploy import validation
 from anomalib_uniass.deploy.precision import compile_openvino, computed
-from anomalib_uniass.deploy.validation import Decision, Findings, Tolerance, exported_model
+from anomalib_uniass.deploy.validation import Decision, Findings, Outputs, Predict, Tolerance, exported_model
 from anomalib_uniass.metrics.functional import METRICS
 from anomalib_uniass.validate_export import main
 from tests.helpers import distributed_run
 from tests.helpers.datasets import make_mvtec_layout
 
 SMALL = distributed_run.SMALL | {"channel_branch": False, "visualizer": False}
+SIZE = (128, 128)
 
 
 @pytest.fixture(scope="module")
@@ -408,15 +409,60 @@ def findings(metric: float, *, decisions: int | None = 0, difference: float = 0.
         (findings(0.4901), 0),
         (findings(0.4899), len(METRICS)),
         (findings(0.9), 0),
-        (findings(float("nan")), 0),
+        (findings(float("nan")), len(METRICS)),
         (findings(0.5, decisions=1), 0),
         (findings(0.5, decisions=2), 1),
         (findings(0.5, decisions=None), 0),
         (findings(0.5, difference=0.02), 1),
+        (findings(0.5, difference=float("inf")), 1),
     ],
 )
 def test_tolerances_are_held_to(found: Findings, problems: int) -> None:
     assert len(found.problems(findings(0.5), Tolerance(1.0, 0.01, 0.01))) == problems
+
+
+def test_a_metric_that_neither_has_is_no_problem() -> None:
+    undefined = findings(float("nan"))
+    assert not undefined.problems(undefined, Tolerance(1.0, 0.01, 0.01))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("spoilt", ["score", "map", "both"])
+def test_what_is_not_finite_never_agrees(
+    spoilt: str, value: float, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With any tolerance; the page and the JSON are written."""
+
+    def outputs(*_: object) -> Predict:
+        def predict(_: torch.Tensor) -> Outputs:
+            anomaly_map = np.full(SIZE, 0.25, np.float32)
+            if spoilt == "map":
+                anomaly_map[0, 0] = value
+            return Outputs(anomaly_map, 0.25 if spoilt == "map" else value)
+
+        return predict
+
+    monkeypatch.setattr(validation, "compiled_model", outputs)
+    if spoilt == "both":
+        monkeypatch.setattr(validation, "checkpoint_model", outputs)
+    generous = ("--precision", "f32", "--metric_drop", "100", "--decisions", "1")
+    code, found = validate(trained, tmp_path, openvino(trained), options=generous)
+    row = next(row for name, row in found["models"].items() if "model.xml" in name)
+    assert code == 1
+    assert row["largest_difference"] is None
+    assert any("of 12 images are not finite" in problem and ".png" in problem for problem in row["problems"])
+    assert "not finite" in (tmp_path / "report.html").read_text()
+
+
+def test_a_defect_whose_score_is_not_finite_is_another_decision(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = Outputs(np.zeros(SIZE, np.float32), 0.0)
+    monkeypatch.setattr(validation, "checkpoint_model", lambda *_: lambda _: good)
+    monkeypatch.setattr(validation, "compiled_model", lambda *_: lambda _: good._replace(score=float("nan")))
+    _, found = validate(trained, tmp_path, openvino(trained), options=("--precision", "f32"))
+    row = next(row for name, row in found["models"].items() if "model.xml" in name)
+    assert row["other_decisions"] == found["images"] == 12
 
 
 def test_first_images_do_not_count_in_the_times() -> None:

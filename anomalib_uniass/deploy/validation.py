@@ -2,6 +2,7 @@
 """Does an exported model say what its checkpoint says, on this machine and these images, and how fast?"""
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -80,11 +81,12 @@ class Findings:
     Attributes:
         table: Metrics by category, and their mean.
         seconds: Time of each image.
-        largest_difference: Of a score or a map's pixel from the checkpoint's.
+        largest_difference: Of a score or a map's pixel from the checkpoint's; infinite where a value is not finite.
         decisions: Images decided otherwise than by the checkpoint; None without thresholds.
         computed: What OpenVINO computed in; None of the checkpoint.
         asked: Precisions that were asked for and are computed so.
         decides: Whether the tolerances hold for it; else it is measured for information.
+        not_finite: Images whose score or map is not finite.
     """
 
     table: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -94,6 +96,7 @@ class Findings:
     computed: Computed | None = None
     asked: tuple[str, ...] = ()
     decides: bool = True
+    not_finite: list[str] = field(default_factory=list)
 
     def milliseconds(self, percentile: float) -> float:
         """Return a percentile of the times, those of the first images aside."""
@@ -103,13 +106,21 @@ class Findings:
         """Say what exceeds a tolerance."""
         found = []
         for key in METRICS:
-            drop = 100 * (reference.table[MEAN][key] - self.table[MEAN][key])
-            if drop > tolerance.metric_drop:
+            expected, own = (100 * findings.table[MEAN][key] for findings in (reference, self))
+            drop = expected - own
+            if math.isnan(own) and not math.isnan(expected):
+                found.append(f"{key} is not a number, of the checkpoint it is {expected:.2f} %")
+            elif drop > tolerance.metric_drop:
                 found.append(f"{key} is lower by {drop:.2f} points, allowed are {tolerance.metric_drop:g}")
         others, images = len(self.decisions or ()), len(self.seconds)
         if others / images > tolerance.decisions:
             found.append(f"{others} of {images} decisions differ, allowed are {100 * tolerance.decisions:g} %")
-        if tolerance.difference is not None and self.largest_difference > tolerance.difference:
+        if self.not_finite:
+            found.append(
+                f"scores or maps of {len(self.not_finite)} of {images} images are not finite (NaN or infinite), the "
+                f"first of {self.not_finite[0]}"
+            )
+        elif tolerance.difference is not None and self.largest_difference > tolerance.difference:
             found.append(f"outputs differ by {self.largest_difference:.2g}, allowed are {tolerance.difference:g}")
         return found
 
@@ -268,14 +279,16 @@ def compare(
             metrics[name].update(*_scored(outputs[name], item), [category])
         reference = outputs[CHECKPOINT]
         for name, output in outputs.items():
+            if not _is_finite(output):
+                found[name].not_finite.append(str(item.image_path))
             found[name].largest_difference = max(
                 found[name].largest_difference,
-                float(np.abs(output.anomaly_map - reference.anomaly_map).max()),
-                abs(output.score - reference.score),
+                _difference(output.anomaly_map, reference.anomaly_map),
+                _difference(output.score, reference.score),
             )
             limits = [_threshold(thresholds[one], category) for one in (CHECKPOINT, name)]
             decisions = found[name].decisions
-            if decisions is not None and (reference.score > limits[0]) != (output.score > limits[1]):
+            if decisions is not None and _is_good(reference.score, limits[0]) != _is_good(output.score, limits[1]):
                 label = bool(item.gt_label)
                 decisions.append(Decision(str(item.image_path), label, reference.score, output.score, limits[1]))
     for name, metric in metrics.items():
@@ -285,16 +298,41 @@ def compare(
 
 def _scored(output: Outputs, item: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Return map, mask, score and label of an image as batches of one."""
-    anomaly_map = torch.from_numpy(output.anomaly_map)[None]
+    highest = 1.0  # of normalised outputs: what is not finite is never good
+    anomaly_map = torch.from_numpy(output.anomaly_map)[None].nan_to_num(highest, highest, highest)
+    score = output.score if math.isfinite(output.score) else highest
     mask = item.gt_mask
     if mask is not None:
         mask = F.interpolate(mask.reshape(1, 1, *mask.shape[-2:]).float(), anomaly_map.shape[-2:], mode="nearest")[0]
-    return anomaly_map, mask, torch.tensor([output.score]), torch.as_tensor(item.gt_label).reshape(1)
+    return anomaly_map, mask, torch.tensor([score]), torch.as_tensor(item.gt_label).reshape(1)
+
+
+def _is_finite(output: Outputs) -> bool:
+    """Tell whether score and map are numbers."""
+    return math.isfinite(output.score) and bool(np.isfinite(output.anomaly_map).all())
+
+
+def _difference(one: npt.ArrayLike, other: npt.ArrayLike) -> float:
+    """Return the largest absolute difference; infinite if any value is not finite, even if both agree in that."""
+    one, other = np.asarray(one), np.asarray(other)
+    if not (np.isfinite(one).all() and np.isfinite(other).all()):
+        return math.inf
+    return float(np.abs(one - other).max())
+
+
+def _is_good(score: float, threshold: float) -> bool:
+    """Tell whether an image is good; what is not finite never is."""
+    return math.isfinite(score) and score <= threshold
 
 
 def _threshold(thresholds: Mapping[str, Any] | None, category: str) -> float:
     """Return the threshold of scores of a category; without one of its own the graph's, which is 0.5."""
     return 0.5 if thresholds is None else float(thresholds["image"].get(category, 0.5))
+
+
+def _number(value: float) -> float | None:
+    """Return a number as JSON has it: None where it is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def write(
@@ -322,8 +360,8 @@ def write(
             "precision": None if findings.computed is None else findings.computed.precision,
             "devices": None if findings.computed is None else findings.computed.devices,
             "asked": findings.asked,
-            "metrics": {key: None if value != value else value for key, value in findings.table[MEAN].items()},
-            "largest_difference": findings.largest_difference,
+            "metrics": {key: _number(value) for key, value in findings.table[MEAN].items()},
+            "largest_difference": _number(findings.largest_difference),
             "other_decisions": None if findings.decisions is None else len(findings.decisions),
             "median_ms": findings.milliseconds(50),
             "p95_ms": findings.milliseconds(95),
