@@ -3,6 +3,7 @@
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from anomalib.visualization import ImageVisualizer
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
-from anomalib_uniass import UniAD, UniAS, Unified
+from anomalib_uniass import BoundedPatchcore, UniAD, UniAS, Unified
 from anomalib_uniass.deploy import export as exporting
 from anomalib_uniass.deploy.quantization import float_operations
 from anomalib_uniass.models.unias.detector import segmentation_head
@@ -470,6 +471,48 @@ def test_untrained_model(model_class: type[AnomalibModule], export_type: str, tm
 def test_untrained_model_of_the_command_line(anomalib: Callable[..., None]) -> None:
     with pytest.raises(ValueError, match="Give the checkpoint of a training"):
         anomalib(*EXPORT, "--model.backbone", "resnet18")
+
+
+@pytest.mark.usefixtures("no_conversion")
+@pytest.mark.parametrize(
+    ("export_type", "weights", "value"),
+    [
+        ("torch", "norm.weight", float("nan")),
+        ("onnx", "running_var", float("inf")),
+        ("openvino", "convs.0.bias", float("-inf")),
+    ],
+)
+def test_weights_that_are_not_finite(export_type: str, weights: str, value: float, tmp_path: Path) -> None:
+    """OpenVINO takes the greater of NaN and 0 for 0: such a model would find every part good."""
+    model = UniAS(backbone="resnet18", pre_trained=False, image_size=(128, 128), hidden_dim=32, feedforward_dim=32)
+    state = model.model.state_dict()
+    name = next(name for name in state if name.endswith(weights))
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.1)  # a trained one
+        state[name].view(-1)[1] = value
+    with pytest.raises(ValueError, match=rf"NaN or infinity in {re.escape(name)} \(1 of \d+\): the training has"):
+        engine(tmp_path).export(model, export_type)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_memory_bank_that_is_not_finite(tmp_path: Path) -> None:
+    model = BoundedPatchcore(backbone="resnet18", pre_trained=False, image_size=(128, 128))
+    model.model.memory_bank = torch.full((3, 4), float("nan"))
+    with pytest.raises(ValueError, match=r"NaN or infinity in memory_bank \(12 of 12\)"):
+        model.to_torch(tmp_path)
+
+
+@pytest.mark.usefixtures("no_conversion")
+@pytest.mark.parametrize("export_type", ["torch", "openvino"])
+def test_thresholds_that_decide_nothing(trained: UniAS, export_type: str, tmp_path: Path) -> None:
+    kept = trained.post_processor.calibration
+    trained.post_processor.calibration = kept | {"image": kept["image"] | {"brick": float("nan")}}
+    try:
+        with pytest.raises(ValueError, match="image threshold of 'brick' must be a finite number"):
+            engine(tmp_path).export(trained, export_type)
+    finally:
+        trained.post_processor.calibration = kept
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_one_step_of_training_is_enough(tmp_path: Path) -> None:

@@ -110,12 +110,13 @@ ALLOWED = {
     "models.unias.torch_model": PLAIN,
     "models.uniad.torch_model": PLAIN,
     "acceleration": ("acceleration", "layers", "models.unias"),
-    "thresholds": ("thresholds", "arguments", "distribution"),
-    "deploy": ("deploy", "layers", "thresholds", "files", "logs", "metrics", "report"),
-    "metrics": ("metrics", "files", "distribution"),
+    "categories": (),
+    "thresholds": ("thresholds", "arguments", "categories", "distribution"),
+    "deploy": ("deploy", "categories", "layers", "thresholds", "files", "logs", "metrics", "report"),
+    "metrics": ("metrics", "categories", "files", "distribution"),
     "report": ("report", "metrics", "thresholds", "files", "distribution"),
-    "data": ("data", "metrics", "report", "files", "logs", "arguments"),
-    "prediction": ("prediction", "data", "thresholds", "distribution", "files"),
+    "data": ("data", "categories", "metrics", "report", "files", "logs", "arguments"),
+    "prediction": ("prediction", "categories", "data", "thresholds", "distribution", "files"),
 }
 
 

@@ -8,6 +8,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,7 +55,7 @@ def rows(run: Path) -> dict[str, dict[str, str]]:
     """Read the table as others will, by the path of each image."""
     with (run / "predictions.csv").open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        assert reader.fieldnames == ["path", "category", "score", "threshold", "label", "regions"]
+        assert reader.fieldnames == ["path", "category", "score", "threshold", "label", "regions", "threshold_of"]
         found = list(reader)
     assert [row["path"] for row in found] == sorted({row["path"] for row in found})
     return {row["path"]: row for row in found}
@@ -322,7 +323,7 @@ def gather(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     table = PredictionTable()
     # The second process has an image of the first again, as samplers give to fill up.
-    table._rows = {name: Row(name, "", str(rank), "", "", "") for name in ("abc", "bd")[rank]}
+    table._rows = {name: Row(name, "", str(rank), "", "", "", "") for name in ("abc", "bd")[rank]}
     trainer = SimpleNamespace(is_global_zero=rank == 0, default_root_dir=f"{folder}/{rank}")
     table.on_predict_epoch_end(trainer, None)
 
@@ -418,6 +419,67 @@ def test_boxes_are_in_pixels_of_the_image_as_it_is_shown(tmp_path: Path) -> None
     assert json.loads(table["wide.png"]["regions"]) == [[0, 0, 150, 100, 150 * 100]]
     assert json.loads(table["turned.jpg"]["regions"]) == [[0, 0, 100, 150, 150 * 100]]
     assert {row["label"] for row in table.values()} == {"defective"}
+
+
+def one_in_four(value: float) -> Callable[[torch.Tensor], InferenceBatch]:
+    """Find the same in all images, and a value that is not finite in one corner of the black ones."""
+
+    def detect(image: torch.Tensor) -> InferenceBatch:
+        maps = torch.full((len(image), 1, 64, 64), 0.1)
+        for row, pixels in enumerate(image):
+            if pixels.amax() < 0:  # black, normalised
+                maps[row, 0, 0, 0] = value
+        return InferenceBatch(anomaly_map=maps, pred_score=maps[:, 0, 9, 9])
+
+    return detect
+
+
+@pytest.mark.parametrize("post_processor", [True, PostProcessor()])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_good(
+    value: float, post_processor: PostProcessor | bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor without thresholds; here the score is a number, and one pixel of the map is none."""
+    (tmp_path / "images").mkdir()
+    for name, colour in (("black", 0), ("grey", 128), ("white", 255)):
+        Image.new("RGB", (64, 64), (colour,) * 3).save(tmp_path / "images" / f"{name}.png")
+    model = quarter_model() if post_processor is True else UniAS(**SMALL, post_processor=post_processor)
+    model.model.forward = one_in_four(value)
+    run = engine(tmp_path / "run")
+    with caplog.at_level(logging.WARNING):
+        run.predict(model, data_path=tmp_path / "images")
+    table = rows(Path(run.trainer.default_root_dir))
+    good = "good" if post_processor is True else ""
+    expected = {"black.png": "not finite", "grey.png": good, "white.png": good}
+    assert {name: row["label"] for name, row in table.items()} == expected
+    if post_processor is True:
+        assert "1 images of the prediction have scores or maps that are not finite" in caplog.text
+        assert "black.png" in caplog.text
+        assert json.loads(table["black.png"]["regions"]) == [[0, 0, 1, 1, 1]]
+
+
+def test_the_table_says_whose_threshold_decided(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folders = {
+        "bolt": ("bolt", "bolt"),
+        "Cap ": ("cap", "cap"),
+        "incoming": ("", "cap"),
+        "bolt/test/cap": ("bolt", "bolt"),
+        unicodedata.normalize("NFD", "Größe"): ("Größe", "Größe"),
+    }
+    for folder in folders:
+        (tmp_path / "images" / folder).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), "gray").save(tmp_path / "images" / folder / "1.png")
+    model = quarter_model()
+    model.post_processor.calibration = {level: {"bolt": 0.1, "cap": 0.5, "Größe": 0.2} for level in ("image", "pixel")}
+    run = engine(tmp_path / "run")
+    with caplog.at_level(logging.WARNING):
+        run.predict(model, data_path=tmp_path / "images")
+    table = rows(Path(run.trainer.default_root_dir))
+    assert {
+        path.removesuffix("/1.png"): (row["category"], row["threshold_of"]) for path, row in table.items()
+    } == folders
+    (said,) = [record.message for record in caplog.records if "category of" in record.message]
+    assert said.startswith("The category of 1 images is not known, by folder: 'incoming' (1).")
 
 
 def test_a_pre_processor_that_crops_gives_no_regions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ import pandas as pd
 from anomalib.data.utils import LabelName
 from PIL import ExifTags, Image
 
+from anomalib_uniass.categories import row_categories
 from anomalib_uniass.data.images import read_mask
 
 logger = logging.getLogger(__name__)
@@ -81,10 +82,9 @@ def defect_sizes(
         Sizes by category, of those that have masks with defects.
     """
     defective = samples[samples["label_index"] == LabelName.ABNORMAL]
-    categories = defective.get("category", pd.Series("all", index=defective.index))
     return {
         str(category): sizes
-        for category, rows in defective.groupby(categories.astype(str))
+        for category, rows in defective.groupby(row_categories(defective))
         if (sizes := _measure(list(_masks(rows["mask_path"])), image_size, tile_size)) is not None
     }
 

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import pandas as pd
 from anomalib import TaskType
 from anomalib.data import AnomalibDataModule, ImageItem
 from anomalib.data.datasets.base import AnomalibDataset
@@ -23,10 +22,12 @@ from anomalib.post_processing import PostProcessor
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from anomalib_uniass.categories import row_categories
 from anomalib_uniass.files import replace_text
 from anomalib_uniass.logs import log_once
 from anomalib_uniass.thresholds.post_processor import (
     CategoryThresholdPostProcessor,
+    check_decisions,
     has_thresholds,
     missing_thresholds,
     warn,
@@ -39,6 +40,9 @@ CALIBRATION_IMAGES = 300
 
 THRESHOLDS = "category_thresholds"
 """Name of the thresholds of an exported model: the JSON file beside it, and OpenVINO's runtime information."""
+
+MOST_NAMED = 5
+"""Weights that a message names."""
 
 INT8 = (CompressionType.INT8, CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
 CALIBRATED = (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
@@ -65,19 +69,20 @@ class ExportMixin(Base):
     """
 
     def check_exportable(self) -> None:
-        """Refuse a model that is not trained.
+        """Refuse a model that is not trained, or whose weights are not finite.
 
         Raises:
-            ValueError: If the model is as its constructor made it.
+            ValueError: If the model is as its constructor made it, or a weight is NaN or infinite.
         """
         check_trained(self.model)
+        check_finite_weights(self.model)
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
         """Export to a pickled PyTorch model; arguments as for :meth:`anomalib.models.AnomalibModule.to_torch`.
 
         Raises:
             OSError: If nothing can be written below `export_root`.
-            ValueError: If the model is not trained.
+            ValueError: If the model is not trained, or a weight or a threshold is not finite.
         """
         self.check_exportable()
         with complete_export(self.post_processor, export_root) as export:
@@ -97,7 +102,7 @@ class ExportMixin(Base):
 
         Raises:
             OSError: If nothing can be written below `export_root`.
-            ValueError: If the model is not trained.
+            ValueError: If the model is not trained, or a weight or a threshold is not finite.
         """
         self.check_exportable()
         kwargs.setdefault("opset_version", 18)
@@ -125,7 +130,8 @@ class ExportMixin(Base):
         Raises:
             ModuleNotFoundError: If INT8 is asked for and NNCF is not installed.
             OSError: If nothing can be written below `export_root`.
-            ValueError: If the model is not trained, or the images cannot calibrate INT8.
+            ValueError: If the model is not trained, a weight or a threshold is not finite, or the images cannot
+                calibrate INT8.
         """
         self.check_exportable()
         if compression_type in INT8:
@@ -202,8 +208,10 @@ def complete_export(post_processor: nn.Module | None, export_root: Path | str) -
 
     Raises:
         OSError: If nothing can be written there; the message names the folder.
+        ValueError: If a threshold is not finite.
     """
     log_once()
+    check_decisions(post_processor)
     root = Path(export_root).resolve()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -272,7 +280,8 @@ def calibration_images(datamodule: AnomalibDataModule) -> list[np.ndarray]:
         datamodule: Data that is set up; images keep the size they have on disk unless its augmentations resize.
     """
     images = datamodule.train_data
-    turn = _categories(images).groupby(_categories(images)).cumcount()
+    categories = row_categories(images.samples).reset_index(drop=True)
+    turn = categories.groupby(categories).cumcount()
     chosen = turn.sort_values(kind="stable").index[:CALIBRATION_IMAGES]
     return [cast("Tensor", images[int(row)].image)[None].numpy() for row in sorted(chosen)]
 
@@ -298,6 +307,31 @@ def check_trained(model: nn.Module) -> None:
         msg = (
             f"Expected a trained {type(model).__name__} to export, got one with its initial weights: it would find no "
             "defect. Give the checkpoint of a training (--ckpt_path, or ckpt_path of Engine.export), or train first."
+        )
+        raise ValueError(msg)
+
+
+def check_finite_weights(model: nn.Module) -> None:
+    """Refuse a model that computes with NaN or infinity.
+
+    Much of it would go unseen: OpenVINO takes the maximum of NaN and 0 for 0, so that a defect scores nothing.
+
+    Args:
+        model: Network.
+
+    Raises:
+        ValueError: If a parameter, or a buffer that checkpoints keep, is not finite; names up to five.
+    """
+    broken = [
+        f"{name} ({int((~values.isfinite()).sum())} of {values.numel()})"
+        for name, values in model.state_dict().items()
+        if isinstance(values, Tensor) and values.is_floating_point() and not values.isfinite().all()
+    ]
+    if broken:
+        more = f" and {len(broken) - MOST_NAMED} more" if len(broken) > MOST_NAMED else ""
+        msg = (
+            f"Expected finite weights to export, got NaN or infinity in {', '.join(broken[:MOST_NAMED])}{more}: the "
+            "training has diverged. Give an earlier checkpoint, or train with a lower learning rate."
         )
         raise ValueError(msg)
 
@@ -345,7 +379,7 @@ def check_calibration(
         images = _validation_images(datamodule, kind)
         _check_test_batches(datamodule)
     if len(images) < CALIBRATION_IMAGES:
-        fewest = _categories(images).value_counts().min()
+        fewest = row_categories(images.samples).value_counts().min()
         logger.warning(
             "%s calibrates with %d images, %d of the category with the fewest; anomalib advises %d. Compare the "
             "metrics of the exported model.",
@@ -362,21 +396,14 @@ def _validation_images(datamodule: AnomalibDataModule, kind: str) -> AnomalibDat
     if images is None or not len(images):
         msg = f"{kind} calibrates with the validation images; {datamodule.name} has none. {advice}"
         raise ValueError(msg)
-    wanted = set(_categories(datamodule.train_data))
-    if missing := sorted(wanted - set(_categories(images))):
+    wanted = set(row_categories(datamodule.train_data.samples))
+    if missing := sorted(wanted - set(row_categories(images.samples))):
         msg = (
             f"{kind} must calibrate a unified model with images of every category; {len(missing)} of {len(wanted)} "
             f"have no validation image: {', '.join(missing)}. {advice}"
         )
         raise ValueError(msg)
     return images
-
-
-def _categories(images: AnomalibDataset) -> pd.Series:
-    """Return the category of each image, indexed from 0; the same for all where the dataset knows none."""
-    samples = images.samples
-    column = samples["category"] if "category" in samples else ["all"] * len(samples)
-    return pd.Series(list(column), dtype=str)
 
 
 def _check_calibration_sizes(images: AnomalibDataset, kind: str, input_size: tuple[int, ...]) -> None:

@@ -18,6 +18,7 @@ from anomalib.models.components import AnomalibModule
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_uniass.categories import CategoryNames
 from anomalib_uniass.deploy.export import THRESHOLDS, exported_thresholds
 from anomalib_uniass.deploy.precision import DEFAULT_PRECISION, Computed, compile_openvino, computed
 from anomalib_uniass.files import replace_text
@@ -26,6 +27,7 @@ from anomalib_uniass.metrics.category_metrics import MEAN
 from anomalib_uniass.metrics.functional import METRICS
 from anomalib_uniass.report.charts import bar_chart
 from anomalib_uniass.report.page import versions, write_page
+from anomalib_uniass.thresholds.checks import read_thresholds
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -250,7 +252,8 @@ def compare(
         :data:`CHECKPOINT`.
 
     Raises:
-        ValueError: If a file cannot be read, or takes images of another size.
+        ValueError: If a file cannot be read or takes images of another size, or thresholds beside it are missing or not
+            finite.
     """
     predicts = {CHECKPOINT: checkpoint_model(model)}
     own = exported_thresholds(model.post_processor)
@@ -262,7 +265,7 @@ def compare(
     for name, run in runs.items():
         predicts[name] = run.predict
         file = run.path.with_name(f"{THRESHOLDS}.json")
-        thresholds[name] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        thresholds[name] = read_thresholds(file) if file.is_file() else None
     datamodule.setup("test")
     samples = datamodule.test_data.samples
     found = {name: Findings(decisions=None if thresholds[CHECKPOINT] is None else []) for name in predicts}
@@ -327,7 +330,8 @@ def _is_good(score: float, threshold: float) -> bool:
 
 def _threshold(thresholds: Mapping[str, Any] | None, category: str) -> float:
     """Return the threshold of scores of a category; without one of its own the graph's, which is 0.5."""
-    return 0.5 if thresholds is None else float(thresholds["image"].get(category, 0.5))
+    own = None if thresholds is None else CategoryNames(thresholds["image"]).match(category)
+    return 0.5 if thresholds is None or own is None else float(thresholds["image"][own])
 
 
 def _number(value: float) -> float | None:

@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torchmetrics.utilities import rank_zero_warn
 
+from anomalib_uniass.categories import ALL, default_category, sample_categories
 from anomalib_uniass.metrics.category_metrics import MEAN, CategoryMetrics
 from anomalib_uniass.metrics.functional import METRICS
 from anomalib_uniass.metrics.table import format_table, write_table
@@ -47,7 +47,7 @@ class CategoryMetricsCallback(Callback):
         self.precision_recall: dict[str, list[tuple[float, float]]] = {}
         self._metric: CategoryMetrics | None = None
         self._category_of_path: dict[str, str] = {}
-        self._default_category = "all"
+        self._default_category = ALL
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that no post-processor runs before this callback."""
@@ -63,8 +63,8 @@ class CategoryMetricsCallback(Callback):
         """Read the categories of the test set."""
         del pl_module
         datamodule = getattr(trainer, "datamodule", None)
-        self._category_of_path = _sample_categories(datamodule)
-        self._default_category = _default_category(datamodule)
+        self._category_of_path = sample_categories(getattr(datamodule, "test_data", None))
+        self._default_category = default_category(datamodule)
         _warn_of_repeated_paths(datamodule, trainer.world_size)
         categories = set(self._category_of_path.values()) or {self._default_category}
         self._metric = CategoryMetrics(sorted(categories))
@@ -147,14 +147,9 @@ class CategoryMetricsCallback(Callback):
             logger.warning("per-category metrics could not be printed: %s", error)
 
 
-def _test_samples(datamodule: LightningDataModule | None) -> pd.DataFrame | None:
-    samples: pd.DataFrame | None = getattr(getattr(datamodule, "test_data", None), "samples", None)
-    return samples
-
-
 def _warn_of_repeated_paths(datamodule: LightningDataModule | None, processes: int) -> None:
     """Warn if images are listed several times and spread over processes, where such lines look like repeats."""
-    samples = _test_samples(datamodule)
+    samples = getattr(getattr(datamodule, "test_data", None), "samples", None)
     if processes == 1 or samples is None or "image_path" not in samples.columns:
         return
     repeated = samples["image_path"][samples["image_path"].duplicated()]
@@ -164,21 +159,6 @@ def _warn_of_repeated_paths(datamodule: LightningDataModule | None, processes: i
             f"{processes} processes they may count once. Test in one (--trainer.devices 1) to have every line counted.",
             UserWarning,
         )
-
-
-def _sample_categories(datamodule: LightningDataModule | None) -> dict[str, str]:
-    """Category by image path, empty if the test samples have no such column."""
-    samples = _test_samples(datamodule)
-    if samples is None or "category" not in samples.columns:
-        return {}
-    return dict(zip(samples["image_path"].astype(str), samples["category"].astype(str), strict=True))
-
-
-def _default_category(datamodule: LightningDataModule | None) -> str:
-    if datamodule is None:
-        return "all"
-    name = getattr(datamodule, "category", None) or getattr(datamodule, "name", None)
-    return name if isinstance(name, str) else type(datamodule).__name__
 
 
 def _to_mask_size(anomaly_map: Tensor | None, gt_mask: Tensor | None) -> Tensor | None:

@@ -20,6 +20,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms.v2 import CenterCrop, Compose
 
+from anomalib_uniass.categories import sample_categories
 from anomalib_uniass.data.images import is_misread
 from anomalib_uniass.distribution import of_all_processes
 from anomalib_uniass.failures import Failures
@@ -27,7 +28,7 @@ from anomalib_uniass.files import replacing
 from anomalib_uniass.prediction.names import current_datasets, given_folder, name_below
 from anomalib_uniass.results import PREDICTIONS
 from anomalib_uniass.text import cell
-from anomalib_uniass.thresholds.decisions import decision_thresholds
+from anomalib_uniass.thresholds.decisions import are_finite, decision_thresholds
 from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 MOST_REGIONS = 20
 MUCH_MEMORY = 1_000_000_000
 """Bytes of predictions that are kept to be returned, from which on their number is said."""
+NOT_FINITE = "not finite"
+"""Label of an image whose score or map is NaN or infinite: it is never good."""
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -47,6 +50,7 @@ class Row(NamedTuple):
     threshold: str
     label: str
     regions: str
+    threshold_of: str
 
 
 class PredictionTable(Callback):
@@ -59,12 +63,16 @@ class PredictionTable(Callback):
     * ``score``, the image score as anomalib's post-processor leaves it: normalised, with the category's threshold at
       0.5;
     * ``threshold`` of these scores: 0.5, or what the post-processor's ``image_sensitivity`` makes of it;
-    * ``label``: ``defective`` if ``score > threshold``, else ``good``;
+    * ``label``: ``defective`` if ``score > threshold``, else ``good``; ``not finite`` if score or map are NaN or
+      infinite, which is never good;
     * ``regions``: the 8-connected regions of the predicted mask, up to 20, the largest first, as a JSON list of
       ``[x, y, width, height, area]`` in pixels of the image file as it is shown, from its top left. The mask has a
-      threshold of its own, so that a good image can have regions.
+      threshold of its own, so that a good image can have regions;
+    * ``threshold_of``, the category whose threshold decided: its own, or the one with the highest threshold of all
+      where ``category`` is empty or has none.
 
-    Without thresholds ``threshold``, ``label`` and ``regions`` are empty; ``regions`` also where the image has gone.
+    Without thresholds ``threshold``, ``label``, ``regions`` and ``threshold_of`` are empty; ``regions`` also where the
+    image has gone.
     Paths and categories that are not UTF-8 or look like formulas are written as :mod:`anomalib_uniass.text` says. A
     prediction that ends early leaves the rows that it had. Must stand behind the post-processor: models add it to their
     own callbacks.
@@ -86,10 +94,7 @@ class PredictionTable(Callback):
         self._folder = given_folder(trainer)
         if any(isinstance(callback, SaveConfigCallback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.predict_loop.return_predictions = False  # the command line's: it drops what is returned
-        for dataset in current_datasets(trainer):
-            samples = getattr(dataset, "samples", None)
-            if samples is not None and "category" in samples.columns:
-                self._category_of_path |= dict(zip(samples["image_path"].astype(str), samples["category"], strict=True))
+        self._category_of_path = sample_categories(*current_datasets(trainer))
         if _crops(pl_module.pre_processor):
             logger.warning("The pre-processor crops images: %s will name no regions.", PREDICTIONS)
 
@@ -106,17 +111,28 @@ class PredictionTable(Callback):
         thresholds = decision_thresholds(post_processor)
         scores = outputs.pred_score.flatten().cpu()
         numbers = scores.to(torch.promote_types(scores.dtype, torch.float32)).numpy()  # NumPy has no bfloat16
-        categories = self._categories(post_processor, outputs)
+        categories, deciding = self._categories(post_processor, outputs)
+        finite = cast("Tensor", are_finite(outputs)).tolist()
         masks = None if thresholds.mask is None or _crops(pl_module.pre_processor) else outputs.pred_mask
         for index, path in enumerate(map(str, outputs.image_path)):
             threshold, label, regions = "", "", ""
             if thresholds.image is not None:
                 threshold = str(thresholds.image)
                 label = "defective" if numbers[index] > thresholds.image else "good"
+            if not finite[index]:
+                label = NOT_FINITE
             if masks is not None and (size := self._size(path)) is not None:
                 regions = json.dumps(_regions(masks[index], size))
             name = name_below(path, self._folder).as_posix()
-            self._rows[path] = Row(name, categories[index], str(numbers[index]), threshold, label, regions)
+            self._rows[path] = Row(
+                name,
+                category=categories[index],
+                score=str(numbers[index]),
+                threshold=threshold,
+                label=label,
+                regions=regions,
+                threshold_of=deciding[index] if threshold else "",
+            )
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the rows of all processes and write them."""
@@ -157,11 +173,13 @@ class PredictionTable(Callback):
             self._no_size.add(path, error)
             return None
 
-    def _categories(self, post_processor: PostProcessor | None, batch: ImageBatch) -> list[str]:
-        """Return the category of each image of a batch, empty where it is unknown."""
+    def _categories(self, post_processor: PostProcessor | None, batch: ImageBatch) -> tuple[list[str], list[str]]:
+        """Return the category of each image of a batch, and whose threshold decides of it; empty where unknown."""
         if isinstance(post_processor, CategoryThresholdPostProcessor):
-            return [category or "" for category in post_processor.categories_of(batch)]
-        return [self._category_of_path.get(str(path), "") for path in cast("list[str]", batch.image_path)]
+            categories = [category or "" for category in post_processor.categories_of(batch)]
+            return categories, post_processor.thresholds_of(batch)
+        paths = [str(path) for path in batch.image_path or []]
+        return [self._category_of_path.get(path, "") for path in paths], [""] * len(paths)
 
 
 def _say_what_is_kept(batch: ImageBatch, batches: float) -> None:
@@ -215,7 +233,10 @@ def _crops(pre_processor: object) -> bool:
 
 def _write(rows: Iterable[Row], file: Path) -> None:
     """Write the table."""
-    cells = sorted(row._replace(path=cell(row.path), category=cell(row.category)) for row in rows)
+    cells = sorted(
+        row._replace(path=cell(row.path), category=cell(row.category), threshold_of=cell(row.threshold_of))
+        for row in rows
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)

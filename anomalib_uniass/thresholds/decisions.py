@@ -4,7 +4,9 @@
 from typing import NamedTuple
 
 import numpy as np
+from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.post_processing import PostProcessor
+from torch import Tensor
 
 
 class DecisionThresholds(NamedTuple):
@@ -23,3 +25,12 @@ def decision_thresholds(post_processor: object) -> DecisionThresholds:
     return DecisionThresholds(
         *(None if own.isnan() else np.float32(value.item()) for own, value in zip(raw, normalized, strict=True))
     )
+
+
+def are_finite(predictions: ImageBatch | InferenceBatch) -> Tensor | None:
+    """Tell which images have a finite score and a finite map, as far as they have them: ``(B,)``, None without both."""
+    parts = [values for values in (predictions.pred_score, predictions.anomaly_map) if values is not None]
+    if not parts:
+        return None
+    finite = [values.reshape(values.shape[0], -1).isfinite().all(dim=1) for values in parts]
+    return finite[0] if len(finite) == 1 else finite[0] & finite[1]

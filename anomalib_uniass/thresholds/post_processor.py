@@ -2,9 +2,8 @@
 """Thresholds per category in anomalib's post-processing."""
 
 import logging
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,6 +14,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from anomalib_uniass.arguments import check_number
+from anomalib_uniass.categories import (
+    ALL,
+    CategoryNames,
+    category_of,
+    default_category,
+    folders_above,
+    sample_categories,
+)
 from anomalib_uniass.distribution import of_all_processes
 from anomalib_uniass.thresholds.calibration import (
     check_rate,
@@ -23,6 +30,8 @@ from anomalib_uniass.thresholds.calibration import (
     map_histograms,
     pixel_thresholds,
 )
+from anomalib_uniass.thresholds.checks import check_thresholds
+from anomalib_uniass.thresholds.decisions import are_finite
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +39,16 @@ CALIBRATE = (
     "Thresholds come from good validation images: train with some of every category (not with limit_val_batches=0), or "
     "calibrate the trained model with Engine.validate and save it with engine.trainer.save_checkpoint."
 )
+
+
+MOST_NAMED = 5
+"""Images or folders that a message names."""
+
+ROUNDING = torch.finfo(torch.float32).eps
+"""Share of a usual score below which a score is rounding alone: the model reproduces that image to the last digit."""
+
+
+NEVER_GOOD = "They are never good, whatever their threshold"
 
 
 class _GoodImage(NamedTuple):
@@ -54,9 +73,13 @@ class CategoryThresholdPostProcessor(PostProcessor):
     as everywhere in anomalib, in the order of x, and without the clamping of anomalib's own. Predicted labels and masks
     are what exceeds 0.5.
 
-    The category of an image is the one its datamodule gives, else the nearest folder above it that has the name of a
-    category. Elsewhere, and in exported graphs, which see no path, the highest threshold of all categories holds: no
-    category exceeds its rate by it. `exported_thresholds` gives all thresholds in the units of exported outputs.
+    The category of an image is the one its datamodule gives, else the one its folders tell, see
+    :mod:`anomalib_uniass.categories`. Elsewhere, and in exported graphs, which see no path, the highest threshold of
+    all categories holds: no category exceeds its rate by it; a warning after test and prediction says of how many
+    images. `exported_thresholds` gives all thresholds in the units of exported outputs.
+
+    What is not finite is never good: such a map value or score becomes infinite, and so does the score of an image with
+    such a map value. A warning names the images.
 
     Without any calibration scores and maps stay raw, and labels and masks are left out. A warning says so after
     training, in test, prediction and export, and names categories that have no thresholds of their own.
@@ -92,8 +115,10 @@ class CategoryThresholdPostProcessor(PostProcessor):
         self.categories: list[str] = []
         self._good: dict[str, list[_GoodImage]] = defaultdict(list)
         self._category_of_path: dict[str, str] = {}
-        self._default_category = "all"
-        self._not_finite = 0
+        self._default_category = ALL
+        self._not_finite: list[str] = []
+        self._unmatched: Counter[str] = Counter()
+        self._good_in_test: Counter[tuple[str, bool]] = Counter()
         self._is_calibrated_anew = False
         self._has_warned = False
 
@@ -102,9 +127,15 @@ class CategoryThresholdPostProcessor(PostProcessor):
         return (*super()._checkpoint_config_keys, "gamma", "calibration", "categories")
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Restore the configuration; a checkpoint of another post-processor brings its one threshold only."""
+        """Restore the configuration; a checkpoint of another post-processor brings its one threshold only.
+
+        Raises:
+            ValueError: If thresholds are missing or not finite; names the entry.
+        """
         self.calibration = None
         self.categories = []
+        if (calibration := config.get("calibration")) is not None:
+            check_thresholds(calibration, "calibration of the checkpoint")
         super().load_checkpoint_config(config)
 
     # --- Calibration ---
@@ -113,12 +144,10 @@ class CategoryThresholdPostProcessor(PostProcessor):
         """Read the categories of the images from the datamodule."""
         del pl_module
         datamodule = getattr(trainer, "datamodule", None)
-        for subset in ("val_data", "test_data"):
-            samples = getattr(getattr(datamodule, subset, None), "samples", None)
-            if samples is not None and "category" in samples.columns:
-                self._category_of_path |= dict(zip(samples["image_path"], samples["category"], strict=True))
-        name = getattr(datamodule, "category", None) or getattr(datamodule, "name", None)
-        self._default_category = name if isinstance(name, str) else "all"
+        subsets = (getattr(datamodule, subset, None) for subset in ("val_data", "test_data"))
+        self._category_of_path |= sample_categories(*subsets)
+        self._default_category = default_category(datamodule)
+        self._not_finite, self._unmatched, self._good_in_test = [], Counter(), Counter()
         self._has_warned = self._is_calibrated_anew = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -133,22 +162,21 @@ class CategoryThresholdPostProcessor(PostProcessor):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which categories of the test have no thresholds."""
         del pl_module
+        check_decisions(self)
         warn(missing_thresholds(self, self._categories_of(trainer, "test_data")))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which categories have no thresholds; those of a folder of images are not known."""
         del pl_module
+        check_decisions(self)
         known = getattr(trainer, "datamodule", None) is not None
         warn(missing_thresholds(self, self._categories_of(trainer, "test_data") if known else ()))
 
     def _categories_of(self, trainer: Trainer, *subsets: str) -> list[str]:
         """Return the categories of subsets of the datamodule; a single one where it knows none."""
-        datamodule, names = getattr(trainer, "datamodule", None), set()
-        for subset in subsets:
-            samples = getattr(getattr(datamodule, subset, None), "samples", None)
-            if samples is not None and "category" in samples.columns:
-                names |= set(samples["category"])
-        return sorted(names) or [self._default_category]
+        datamodule = getattr(trainer, "datamodule", None)
+        told = sample_categories(*(getattr(datamodule, subset, None) for subset in subsets))
+        return sorted(set(told.values())) or [self._default_category]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say what a training or calibration left without thresholds; forget the paths, for a model may be pickled."""
@@ -169,24 +197,24 @@ class CategoryThresholdPostProcessor(PostProcessor):
     ) -> None:
         """Keep the scores and map histograms of the good images of a batch."""
         del trainer, pl_module, args, kwargs
-        finite = _are_finite(outputs).tolist()
+        finite = cast("Tensor", are_finite(outputs)).tolist()
         histograms = map_histograms(outputs.anomaly_map.nan_to_num()).cpu()
         scores = outputs.pred_score.flatten().tolist()
-        categories = self._categories(outputs, default=self._default_category)
+        categories = [category or self._default_category for category in self.categories_of(outputs)]
         anomalous = [False] * len(scores) if outputs.gt_label is None else outputs.gt_label.flatten().tolist()
         images = map(_GoodImage, _paths(outputs), scores, histograms)
         for category, image, is_anomalous, is_finite in zip(categories, images, anomalous, finite, strict=True):
             if not is_finite:
-                self._not_finite += 1
+                self._not_finite.append(image.path)
             elif not is_anomalous:
-                self._good[cast("str", category)].append(image)
+                self._good[category].append(image)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the thresholds of all categories, and the fallback to the highest of them."""
         del trainer, pl_module
-        good = _of_all_processes(self._good)
+        good = _without_rounding(_of_all_processes(self._good))
         self._good.clear()
-        self._warn_of_values_not_finite("validation")
+        self._warn_of_values_not_finite("validation", "They set no thresholds")
         if not good:
             logger.warning("No good images in the validation set: the thresholds stay as they are.")
             return
@@ -203,14 +231,46 @@ class CategoryThresholdPostProcessor(PostProcessor):
         self._pixel_threshold.fill_(max(self.calibration["pixel"].values()))
         self._warn_of_few_images({category: len(images) for category, images in good.items()})
 
-    def _warn_of_values_not_finite(self, stage: str) -> None:
-        """Say how many images had scores or maps that are no numbers."""
-        count, self._not_finite = self._not_finite, 0
-        if count:
-            logger.warning(
-                "%d images of the %s have scores or maps that are not finite (NaN or infinite). They set no thresholds "
-                "and count as good: the model has diverged, or the images hold such values.", count, stage,
-            )  # fmt: skip
+    def _warn_of_values_not_finite(self, stage: str, follows: str) -> None:
+        """Name the images that had scores or maps that are no numbers."""
+        paths = sorted(path for part in of_all_processes(self._not_finite) for path in part)
+        self._not_finite = []
+        if paths:
+            warn(
+                f"{len(paths)} images of the {stage} have scores or maps that are not finite (NaN or infinite): "
+                f"{_listed(paths)}. {follows}: the model has diverged, or the images hold such values."
+            )
+
+    def _warn_of_unknown_categories(self) -> None:
+        """Say of how many images no category was known, and what decided."""
+        unmatched: Counter[str] = sum(of_all_processes(self._unmatched), Counter())
+        self._unmatched = Counter()
+        if not unmatched or self.calibration is None or len(self.calibration["image"]) == 1:
+            return  # a single category has the one threshold that there is
+        folders = _listed([f"{folder!r} ({count})" for folder, count in sorted(unmatched.items())])
+        image, pixel = (_highest(self.calibration, level) for level in ("image", "pixel"))
+        warn(
+            f"The category of {unmatched.total()} images is not known, by folder: {folders}. No folder above them is "
+            f"called like exactly one of {', '.join(sorted(self.calibration['image']))}. The highest thresholds of all "
+            f"decided, that of {image} for images and that of {pixel} for pixels: images of other categories pass for "
+            "good more easily. Give images in folders called like their categories."
+        )
+
+    def _warn_of_false_alarms(self) -> None:
+        """Say which thresholds most of the good test images exceed: they were not taken from images like these."""
+        good: Counter[tuple[str, bool]] = sum(of_all_processes(self._good_in_test), Counter())
+        self._good_in_test = Counter()
+        counts = {name: (good[name, True], good[name, True] + good[name, False]) for name, _ in sorted(good)}
+        exceeded = [
+            f"{name} ({above} of {all_})" for name, (above, all_) in counts.items() if name and 2 * above > all_
+        ]
+        if exceeded and self.calibration is not None:
+            asked = self.calibration.get("image_fpr", self.image_fpr)
+            warn(
+                f"Most good test images exceed the threshold of their category: {', '.join(exceeded)}. {100 * asked:g} "
+                "% were asked for. The held-out images were not new to the model (copies of training images), too few, "
+                "or of another kind than the test images."
+            )
 
     def _warn_of_few_images(self, counts: dict[str, int]) -> None:
         """Say once per run which categories have too few images for the image rate."""
@@ -232,38 +292,81 @@ class CategoryThresholdPostProcessor(PostProcessor):
         if not torch.compiler.is_compiling() and not has_thresholds(self):
             predictions = super().forward(predictions)
             return predictions._replace(pred_label=None, pred_mask=None)
-        return super().forward(predictions)
+        found = super().forward(predictions)
+        if (finite := are_finite(predictions)) is None or found.pred_score is None:
+            return found
+        score = _or_infinite(found.pred_score, finite.reshape(found.pred_score.shape))
+        label = found.pred_label
+        if label is not None:
+            label = self._apply_threshold(score, self.normalized_image_threshold)
+        return found._replace(pred_score=score, pred_label=label)
 
     def post_process_batch(self, batch: ImageBatch) -> None:  # type: ignore[override]  # any batch in anomalib
         """Normalise scores and maps and decide by the thresholds of the categories; without any leave all as it is."""
-        self._not_finite += int((~_are_finite(batch)).sum())
-        if has_thresholds(self):
-            super().post_process_batch(batch)
+        paths = _paths(batch)
+        if (finite := are_finite(batch)) is not None:
+            self._not_finite += [path for path, is_finite in zip(paths, finite.tolist(), strict=True) if not is_finite]
+        if not has_thresholds(self):
+            return
+        unknown = [path for path, name in zip(paths, self.categories_of(batch), strict=True) if name is None]
+        self._unmatched.update((folders_above(path)[-1:] or [""])[0] if path else "" for path in unknown)
+        super().post_process_batch(batch)
+        if batch.pred_label is None:
+            return
+        if finite is not None:
+            batch.pred_label = batch.pred_label | ~finite.reshape(batch.pred_label.shape)
+        if batch.gt_label is not None:
+            labels = (values.flatten().tolist() for values in (batch.pred_label, batch.gt_label))
+            for name, is_flagged, is_anomalous in zip(self.thresholds_of(batch), *labels, strict=True):
+                if not is_anomalous:
+                    self._good_in_test[name, bool(is_flagged)] += 1
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how many images had scores or maps that are no numbers."""
+        """Name the images that had scores or maps that are no numbers, and those of no known category."""
         del trainer, pl_module
-        self._warn_of_values_not_finite("test")
+        self._warn_of_values_not_finite("test", NEVER_GOOD)
+        self._warn_of_unknown_categories()
+        self._warn_of_false_alarms()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how many images had scores or maps that are no numbers."""
+        """Name the images that had scores or maps that are no numbers, and those of no known category."""
         del trainer, pl_module
-        self._warn_of_values_not_finite("prediction")
+        self._warn_of_values_not_finite("prediction", NEVER_GOOD)
+        self._warn_of_unknown_categories()
 
     def normalize_batch(self, batch: ImageBatch) -> None:  # type: ignore[override]  # any batch in anomalib
         """Normalise scores ``(B,)`` and maps ``(B, 1, H, W)`` or ``(B, H, W)``, each by its category's threshold."""
         count = len(cast("Tensor", batch.pred_score))
         images, pixels = self.image_threshold.repeat(count), self.pixel_threshold.repeat(count)
-        for row, category in enumerate(self.categories_of(batch)):
-            if self.calibration is not None and category in self.calibration["image"]:
+        for row, category in enumerate(self._calibrated(batch)):
+            if self.calibration is not None and category is not None:
                 images[row] = self.calibration["image"][category]
                 pixels[row] = self.calibration["pixel"][category]
-        batch.pred_score = self._scale(batch.pred_score, images)
+        finite = cast("Tensor", are_finite(batch))
+        score = cast("Tensor", self._scale(batch.pred_score, images))
+        batch.pred_score = _or_infinite(score, finite.reshape(score.shape))
         batch.anomaly_map = self._scale(batch.anomaly_map, pixels)
 
     def categories_of(self, batch: ImageBatch) -> list[str | None]:
         """Return the category of each image of a batch, None where it is unknown."""
-        return self._categories(batch, default=None)
+        return [category_of(path, self._category_of_path, self._names) for path in _paths(batch)]
+
+    def thresholds_of(self, batch: ImageBatch) -> list[str]:
+        """Return the category whose image threshold decides of each image of a batch, "" without a calibration."""
+        if self.calibration is None:
+            return [""] * len(_paths(batch))
+        highest = _highest(self.calibration, "image")
+        return [category or highest for category in self._calibrated(batch)]
+
+    @property
+    def _names(self) -> CategoryNames:
+        """Names of the categories that have thresholds."""
+        return CategoryNames(() if self.calibration is None else self.calibration["image"])
+
+    def _calibrated(self, batch: ImageBatch) -> list[str | None]:
+        """Return the category with thresholds that each image of a batch belongs to, None where there is none."""
+        names = self._names
+        return [None if category is None else names.match(category) for category in self.categories_of(batch)]
 
     def exported_thresholds(self) -> dict[str, Any] | None:
         """Return the thresholds of all categories in the units of exported outputs, None without a calibration.
@@ -271,6 +374,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
         They lie in (0, 0.5], for exported graphs normalise by the highest. A category's label is
         ``pred_score > image[category]``, its mask ``anomaly_map > pixel[category]``.
         """
+        check_decisions(self)
         if self.calibration is None:
             return None
         fallback = {"image": self.image_threshold, "pixel": self.pixel_threshold}
@@ -299,17 +403,27 @@ class CategoryThresholdPostProcessor(PostProcessor):
         own, limit = values.clamp_min(0).pow(self.gamma), threshold.pow(self.gamma)
         total = (own + limit).clamp_min(torch.finfo(own.dtype).tiny)  # where both are zero nothing exceeds
         # The division comes last: OpenVINO drops a choice whose outcome it knows, and the name of the output with it.
-        return torch.where(unknown, values, own) / torch.where(unknown, torch.ones_like(total), total)
+        divisor = torch.where(unknown, torch.ones_like(total), total)
+        return _or_infinite(torch.where(unknown, values, own), values.isfinite(), divisor)
 
-    def _categories(self, batch: ImageBatch, *, default: str | None) -> list[str | None]:
-        """Return the category of each image of a batch."""
-        paths = _paths(batch)
-        return [self._category_of_path.get(path) or self._category_of_folder(path) or default for path in paths]
 
-    def _category_of_folder(self, path: str | Path) -> str | None:
-        """Return the nearest folder above a file that is named like a calibrated category."""
-        known: Iterable[str] = () if self.calibration is None else self.calibration["image"]
-        return next((parent.name for parent in Path(path).parents if parent.name in known), None)
+def check_decisions(post_processor: nn.Module | None) -> None:
+    """Refuse thresholds that nothing can be decided by; having none at all is no error.
+
+    Raises:
+        ValueError: If a threshold of :class:`CategoryThresholdPostProcessor` is missing, not finite or negative.
+    """
+    if not isinstance(post_processor, CategoryThresholdPostProcessor):
+        return
+    if post_processor.calibration is not None:
+        check_thresholds(post_processor.calibration, "calibration of the model")
+    for level, threshold in (("image", post_processor.image_threshold), ("pixel", post_processor.pixel_threshold)):
+        if threshold.isinf() or threshold < 0 or (threshold.isnan() and post_processor.calibration is not None):
+            msg = (
+                f"The {level} threshold of all categories is {float(threshold):g}, which decides nothing. Calibrate "
+                "the model anew (Engine.validate)."
+            )
+            raise ValueError(msg)
 
 
 def has_thresholds(post_processor: PostProcessor) -> bool:
@@ -340,10 +454,11 @@ def missing_thresholds(post_processor: nn.Module | None, categories: Sequence[st
         return None
     if own.calibration is None:
         return f"The checkpoint brings one threshold{of_names}: it was made with another post-processor. {CALIBRATE}"
-    without = [name for name in names if name not in own.calibration["image"]]
+    calibrated = own._names
+    without = [name for name in names if calibrated.match(name) is None]
     if not without:
         return None
-    image, pixel = (max(own.calibration[level], key=own.calibration[level].get) for level in ("image", "pixel"))
+    image, pixel = (_highest(own.calibration, level) for level in ("image", "pixel"))
     return (
         f"There are no thresholds for {', '.join(without)}: the highest of the others hold, that of {image} for images "
         f"and that of {pixel} for pixels. {CALIBRATE}"
@@ -357,11 +472,46 @@ def warn(message: str | None) -> None:
         logger.warning("%s", message)
 
 
-def _are_finite(batch: ImageBatch) -> Tensor:
-    """Tell which images of a batch have a finite score and map: ``(B,)``."""
-    scores, maps = cast("Tensor", batch.pred_score), batch.anomaly_map
-    finite = scores.flatten().isfinite()
-    return finite if maps is None else finite & maps.flatten(1).isfinite().all(1)
+def _or_infinite(values: Tensor, finite: Tensor, divisor: Tensor | None = None) -> Tensor:
+    """Return values, or their quotients, that are infinite where `finite` is false, in every format of exported graphs.
+
+    A division by zero instead of a choice of infinity: files in half precision have no such constant.
+    """
+    divisor = torch.ones_like(values) if divisor is None else divisor
+    return torch.where(finite, values, torch.ones_like(values)) / torch.where(
+        finite, divisor, torch.zeros_like(divisor)
+    )
+
+
+def _highest(calibration: dict[str, Any], level: str) -> str:
+    """Return the category with the highest threshold."""
+    return max(calibration[level], key=calibration[level].get)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return some names, and how many more there are."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+def _without_rounding(good: dict[str, list[_GoodImage]]) -> dict[str, list[_GoodImage]]:
+    """Leave out images whose scores are nothing beside those of the others, and name them.
+
+    Float32 cannot tell a score below its rounding of a usual one (that a tenth of all exceed) from zero. Good images
+    that are new to a model leave scores over some orders of magnitude; one that it was trained on in a copy may leave
+    none, and every good image exceeds a threshold that it sets.
+    """
+    scores = [image.score for images in good.values() for image in images]
+    least = ROUNDING * float(torch.tensor(scores).quantile(0.9)) if scores else 0.0
+    refused = [image.path for images in good.values() for image in images if image.score < least]
+    if refused:
+        warn(
+            f"{len(refused)} good images of the validation have scores below {least:.1e}, which is rounding beside the "
+            f"usual ones: {_listed(sorted(refused))}. They set no thresholds, for every good image would exceed them. "
+            "The model knows these images: take copies of them out of the training images."
+        )
+    kept = {category: [image for image in images if image.score >= least] for category, images in good.items()}
+    return {category: images for category, images in kept.items() if images}
 
 
 def _paths(batch: ImageBatch) -> list[str]:

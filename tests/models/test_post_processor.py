@@ -33,7 +33,13 @@ from anomalib_uniass.thresholds.calibration import (
     map_histograms,
     pixel_thresholds,
 )
-from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor, _GoodImage, _of_all_processes
+from anomalib_uniass.thresholds.checks import read_thresholds
+from anomalib_uniass.thresholds.post_processor import (
+    CategoryThresholdPostProcessor,
+    _GoodImage,
+    _of_all_processes,
+    missing_thresholds,
+)
 from tests.helpers.datasets import make_mvtec_layout
 
 SMALL: dict[str, Any] = {
@@ -280,6 +286,220 @@ def test_processes_calibrate_on_the_images_of_all_without_repeats_of_the_sampler
     multiprocessing.start_processes(gather, args=(str(tmp_path),), nprocs=2, start_method="fork")
     for rank in ("0", "1"):
         assert json.loads((tmp_path / rank).read_text()) == {"bolt": [0.0, 0.0, 0.25, 1.0], "cap": [5.0, 6.0]}
+
+
+# --- What is not finite ---
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_not_finite_is_never_good(
+    dtype: torch.dtype, calibrated: CategoryThresholdPostProcessor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In batches and in exported graphs, image and pixel alike; a negative score is a low one."""
+    paths = [f"/bolt/{i}.png" for i in range(6)]
+    images = batch(paths, [NAN, INF, -INF, 0.0, -1.0, 1.0])
+    maps = torch.zeros(6, 4, 4, dtype=dtype)
+    maps[3, 0, 0] = NAN
+    images.anomaly_map = maps
+    images.pred_score = images.pred_score.to(dtype)
+    exported = calibrated(InferenceBatch(pred_score=images.pred_score, anomaly_map=images.anomaly_map))
+    calibrated.post_process_batch(images)
+    for found in (exported, images):
+        assert found.pred_label.tolist() == [True, True, True, True, False, False]
+        assert found.pred_score.isinf().tolist() == [True, True, True, True, False, False]
+        assert found.pred_mask.sum() == found.anomaly_map.isinf().sum() == 1
+        assert found.pred_mask.reshape(6, 4, 4)[3, 0, 0]
+    with caplog.at_level(logging.WARNING):
+        calibrated.on_predict_end(None, None)
+    (message,) = [record.message for record in caplog.records]
+    assert "4 images of the prediction have scores or maps that are not finite" in message
+    assert "/bolt/3.png" in message and "/bolt/4.png" not in message and "never good" in message
+
+
+@pytest.mark.parametrize("post_processor", [CategoryThresholdPostProcessor(), PostProcessor()])
+def test_nothing_is_added_without_thresholds(post_processor: PostProcessor) -> None:
+    images = batch(["/bolt/0.png"], [NAN])
+    post_processor.post_process_batch(images)
+    assert images.pred_score.isnan().all()
+
+
+class Graph(nn.Module):
+    """An exported model whose raw map is its input, and whose score is the map's standard deviation."""
+
+    def __init__(self, post_processor: PostProcessor) -> None:
+        super().__init__()
+        self.post_processor = post_processor
+
+    def forward(self, maps: Tensor) -> tuple[Tensor | None, ...]:
+        found = self.post_processor(InferenceBatch(anomaly_map=maps, pred_score=maps.flatten(1).std(dim=1)))
+        return found.pred_score, found.pred_label, found.anomaly_map, found.pred_mask
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_openvino_does_not_lose_what_is_not_finite(
+    precision: str, half: bool, calibrated: CategoryThresholdPostProcessor, tmp_path: Path
+) -> None:
+    """It takes the greater of NaN and 0 for 0."""
+    maps = torch.rand(4, 1, 8, 8)
+    for row, value in enumerate((NAN, INF, -INF)):
+        maps[row, 0, 2, 3] = value
+    names = ["pred_score", "pred_label", "anomaly_map", "pred_mask"]
+    graph = torch.onnx.export(
+        Graph(calibrated).eval(), (torch.rand(4, 1, 8, 8),), output_names=names, dynamo=True, verbose=False
+    )
+    graph.save(tmp_path / "model.onnx")
+    ov.save_model(ov.convert_model(tmp_path / "model.onnx"), tmp_path / "model.xml", compress_to_fp16=half)
+    compiled = ov.Core().compile_model(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    found = compiled(maps.numpy())
+    assert found["pred_label"].tolist() == [True, True, True, False]
+    assert np.isinf(found["pred_score"]).tolist() == [True, True, True, False]
+    for values in (np.isinf(found["anomaly_map"]), found["pred_mask"]):
+        assert np.argwhere(values).tolist() == [[row, 0, 2, 3] for row in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"image": {"bolt": NAN}, "pixel": {"bolt": 1.0}}, "image threshold of 'bolt' .* got nan"),
+        ({"image": {"bolt": 1.0}, "pixel": {"bolt": INF}}, "pixel threshold of 'bolt' .* got inf"),
+        ({"image": {"bolt": -1.0}, "pixel": {"bolt": 1.0}}, "image threshold of 'bolt' .* got -1.0"),
+        ({"image": {"bolt": "0.5"}, "pixel": {"bolt": 1.0}}, "image threshold of 'bolt' .* got '0.5'"),
+        ({"image": {"bolt": True}, "pixel": {"bolt": 1.0}}, "image threshold of 'bolt' .* got True"),
+        ({"image": {"bolt": None}, "pixel": {"bolt": 1.0}}, "image threshold of 'bolt' .* got None"),
+        ({"image": {"bolt": 1.0, "cap": 1.0}, "pixel": {"bolt": 1.0}}, "no pixel threshold of 'cap'"),
+        ({"image": {"bolt": 1.0}, "pixel": {"bolt": 1.0, "cap": 1.0}}, "no image threshold of 'cap'"),
+        ({"image": {"bolt": 1.0}}, "under 'pixel', got no such entry"),
+        ({"image": {}, "pixel": {}}, r"under 'image', got \{\}"),
+        ({"image": [1.0], "pixel": {}}, r"under 'image', got \[1.0\]"),
+        ([], r"by 'image' and 'pixel', got \[\]"),
+    ],
+)
+def test_broken_thresholds_are_refused_by_their_entry(content: Any, message: str, tmp_path: Path) -> None:
+    """In a checkpoint, set by hand, and in the file beside an exported model."""
+    post_processor = CategoryThresholdPostProcessor()
+    with pytest.raises(ValueError, match=f"checkpoint: .*{message}"):
+        post_processor.load_checkpoint_config({"calibration": content})
+    assert post_processor.calibration is None
+    post_processor.calibration = content
+    for use in (post_processor.exported_thresholds, lambda: post_processor.on_predict_start(None, None)):
+        with pytest.raises(ValueError, match=f"model: .*{message}"):
+            use()
+    file = tmp_path / "category_thresholds.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{file}: .*{message}"):
+        read_thresholds(file)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+def test_a_file_of_thresholds_that_is_no_json_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "category_thresholds.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"category_thresholds.json: no JSON in UTF-8"):
+        read_thresholds(tmp_path / "category_thresholds.json")
+
+
+@pytest.mark.parametrize("value", [INF, -1.0, NAN])
+def test_the_threshold_of_all_must_decide(value: float, calibrated: CategoryThresholdPostProcessor) -> None:
+    calibrated._image_threshold.fill_(value)
+    calibrated._pixel_threshold.fill_(value)
+    with pytest.raises(ValueError, match="image threshold of all categories is"):
+        calibrated.on_test_start(None, None)
+
+
+def test_thresholds_of_an_earlier_version_are_read() -> None:
+    post_processor = CategoryThresholdPostProcessor()
+    calibration = {"image": {"bolt": 0.0}, "pixel": {"bolt": 1}, "image_fpr": 0.01, "pixel_fpr": 0.001}
+    post_processor.load_checkpoint_config({"gamma": 0.5, "calibration": calibration, "categories": ["bolt"]})
+    assert post_processor.calibration == calibration
+    post_processor.load_checkpoint_config({"gamma": 0.5, "calibration": None, "categories": []})
+    assert post_processor.calibration is None
+
+
+# --- Scores of rounding -----------------------------------------------------------------------------------------------
+
+
+def test_a_score_of_rounding_sets_no_threshold(caplog: pytest.LogCaptureFixture) -> None:
+    """A copy of a training image among the held-out ones: the model reproduces it to the last digit."""
+    post_processor = CategoryThresholdPostProcessor(image_fpr=0.5, pixel_fpr=0.5)
+    paths = [f"/{name}/{i}.png" for name in ("bolt", "cap", "rod") for i in range(3)]
+    with caplog.at_level(logging.WARNING):
+        calibrate(post_processor, batch(paths, [1e-10, 2e-2, 3e-2, 1e-2, 2e-2, 3e-2, 1e-10, 0.0, 1e-11]))
+    assert post_processor.calibration is not None
+    assert post_processor.calibration["image"].keys() == {"bolt", "cap"}
+    assert min(post_processor.calibration["image"].values()) > 1e-2
+    assert "4 good images of the validation have scores below" in caplog.text
+    assert "/bolt/0.png" in caplog.text and "/rod/1.png" in caplog.text and "copies" in caplog.text
+
+
+@pytest.mark.parametrize("scores", [[1e-6, 1.0], [1e-20, 3e-20], [0.0, 0.0], [5.0]])
+def test_scores_over_some_orders_of_magnitude_count(scores: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    post_processor = CategoryThresholdPostProcessor(image_fpr=0.5, pixel_fpr=0.5)
+    with caplog.at_level(logging.WARNING):
+        calibrate(post_processor, batch([f"/bolt/{i}.png" for i in range(len(scores))], scores))
+    assert post_processor.calibration is not None
+    assert "rounding" not in caplog.text
+
+
+def test_thresholds_that_most_good_test_images_exceed_are_said(
+    calibrated: CategoryThresholdPostProcessor, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = [f"/bolt/{i}.png" for i in range(5)]
+    scores, anomalous = [1.0, 2.1, 2.1, 2.1, 2.1, 1e3, 50.0, 1e3, 1e3], [False] * 5 + [True, False, False, True]
+    with caplog.at_level(logging.WARNING):
+        calibrated.on_test_start(SimpleNamespace(), None)
+        calibrated.post_process_batch(batch([*good, "/bolt/5.png", *["/cap/0.png"] * 3], scores, anomalous=anomalous))
+        calibrated.on_test_end(None, None)
+        calibrated.on_test_end(None, None)
+    (message,) = [record.message for record in caplog.records if "exceed" in record.message]
+    assert message.startswith("Most good test images exceed the threshold of their category: bolt (4 of 5). 50 % ")
+    calibrated.post_process_batch(batch(good, [9.0] * 5))
+    calibrated.on_predict_end(None, None)  # says nothing of what it does not know to be good
+    assert sum("exceed" in record.message for record in caplog.records) == 1
+
+
+# --- Categories that are not known ------------------------------------------------------------------------------------
+
+
+def test_says_once_of_how_many_images_the_category_is_not_known(
+    calibrated: CategoryThresholdPostProcessor, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        for paths in (["/x/incoming/0.png", "/x/Bolt/0.png"], ["/x/incoming/1.png", "/x/incoming/Kiste/1.png"]):
+            calibrated.post_process_batch(batch(paths, [1.0, 1.0]))
+        assert not caplog.records
+        calibrated.on_predict_end(None, None)
+        calibrated.on_predict_end(None, None)
+    (message,) = [record.message for record in caplog.records]
+    assert message.startswith("The category of 3 images is not known, by folder: 'Kiste' (1), 'incoming' (2).")
+    assert "one of bolt, cap" in message and "that of cap for images and that of cap for pixels" in message
+
+
+def test_another_spelling_has_the_thresholds_of_its_category(calibrated: CategoryThresholdPostProcessor) -> None:
+    """By folder, and as a datamodule tells it."""
+    samples = pd.DataFrame({"image_path": ["/x/0.png"], "category": ["BOLT"]})
+    trainer: Any = SimpleNamespace(datamodule=SimpleNamespace(test_data=SimpleNamespace(samples=samples)))
+    calibrated.setup(trainer, None, "test")
+    images = batch(["/x/0.png", "/y/BOLT /0.png", "/y/0.png"], [2.01, 2.01, 2.01])
+    assert calibrated.categories_of(images) == ["BOLT", "bolt", None]
+    assert calibrated.thresholds_of(images) == ["bolt", "bolt", "cap"]
+    calibrated.post_process_batch(images)
+    assert images.pred_label.tolist() == [True, True, False]
+    assert missing_thresholds(calibrated, ["BOLT"]) is None
+    assert "for nut:" in str(missing_thresholds(calibrated, ["BOLT", "nut"]))
+
+
+def test_a_single_category_has_the_threshold_that_there_is(caplog: pytest.LogCaptureFixture) -> None:
+    post_processor = CategoryThresholdPostProcessor(image_fpr=0.5, pixel_fpr=0.5)
+    calibrate(post_processor, batch(["/bolt/0.png"], [1.0]))
+    images = batch(["/incoming/0.png"], [2.0])
+    with caplog.at_level(logging.WARNING):
+        post_processor.post_process_batch(images)
+        post_processor.on_predict_end(None, None)
+    assert images.pred_label.tolist() == [True]
+    assert post_processor.thresholds_of(images) == ["bolt"]
+    assert not caplog.records
 
 
 # --- Checkpoint, prediction, export ----------------------------------------------------------------------------------

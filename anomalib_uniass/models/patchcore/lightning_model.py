@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from anomalib_uniass.arguments import check_flag, check_seed, check_text, check_whole, parse_image_size
-from anomalib_uniass.deploy.export import ExportMixin
+from anomalib_uniass.deploy.export import ExportMixin, check_finite_weights
 from anomalib_uniass.layers.backbone import FeaturePyramid
 from anomalib_uniass.layers.token_grid import token_grid
 from anomalib_uniass.models.complete_run import CompleteRunMixin
@@ -155,10 +155,10 @@ class BoundedPatchcore(CompleteRunMixin, PredictionMixin, ExportMixin, Patchcore
         self.model.memory_bank = patches[k_center_greedy(patches, min(self.coreset_size, len(patches)))]
 
     def check_exportable(self) -> None:
-        """Refuse a model without a memory bank.
+        """Refuse a model without a memory bank, or with weights that are not finite.
 
         Raises:
-            ValueError: If the model was not fitted.
+            ValueError: If the model was not fitted, or a weight is NaN or infinite.
         """
         if not len(self.model.memory_bank):
             msg = (
@@ -166,6 +166,7 @@ class BoundedPatchcore(CompleteRunMixin, PredictionMixin, ExportMixin, Patchcore
                 "checkpoint of a fit (--ckpt_path, or ckpt_path of Engine.export), or fit it first."
             )
             raise ValueError(msg)
+        check_finite_weights(self.model)
 
 
 class _Taps(nn.Module):
