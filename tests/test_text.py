@@ -180,7 +180,7 @@ def test_negative_scores_stay_numbers(tmp_path: Path) -> None:
     from anomalib_uniass.prediction.table import Row
 
     table = PredictionTable()
-    table._rows = {"a": Row("-a.png", "=b", "-1.5", "", "", "")}
+    table._rows = {"a": Row("-a.png", "=b", "-1.5", "", "", "", "")}
     trainer: Any = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path)
     table.on_predict_epoch_end(trainer, None)  # type: ignore[arg-type]
     read = pd.read_csv(tmp_path / "predictions.csv")

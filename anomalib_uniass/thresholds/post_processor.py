@@ -296,9 +296,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
         if (finite := are_finite(predictions)) is None or found.pred_score is None:
             return found
         score = _or_infinite(found.pred_score, finite.reshape(found.pred_score.shape))
-        label = found.pred_label
-        if label is not None:
-            label = self._apply_threshold(score, self.normalized_image_threshold)
+        label = None if found.pred_label is None else score > self.normalized_image_threshold
         return found._replace(pred_score=score, pred_label=label)
 
     def post_process_batch(self, batch: ImageBatch) -> None:  # type: ignore[override]  # any batch in anomalib
