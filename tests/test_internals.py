@@ -82,7 +82,7 @@ PRIVATE = {
     "_post_training_quantization_ov": Internal(
         lambda: AnomalibModule._post_training_quantization_ov, "model, datamodule"
     ),
-    # Lightning: the training loader of a trainer without datamodule
+    # Lightning: the loaders of a trainer without datamodule, before it counts them
     "_data_source": Internal(lambda: trainer().fit_loop._data_source, object),
     # Lightning: the step that a checkpoint callback saved last, and does not save again
     "_last_global_step_saved": Internal(lambda: ModelCheckpoint()._last_global_step_saved, int),
@@ -163,9 +163,10 @@ def test_internal_is_what_we_take_it_for(internal: Internal) -> None:
         assert isinstance(found, internal.expected)
 
 
-def test_training_loader_of_a_trainer_without_datamodule_lies_in_its_source() -> None:
+@pytest.mark.parametrize("loop", ["fit_loop", "predict_loop"])
+def test_loaders_of_a_trainer_without_datamodule_lie_in_its_source(loop: str) -> None:
     model = torch.nn.Linear(1, 1)
-    loaders = trainer().fit_loop._data_source
+    loaders = getattr(trainer(), loop)._data_source
     loaders.instance = model
     assert loaders.instance is model
 

@@ -605,10 +605,11 @@ def test_files_that_cannot_be_read_right_are_named_before_the_first_is_predicted
     Image.new("RGBA", (64, 64), (255, 0, 0, 10)).save(twins / "z.png")
     Image.fromarray(np.full((64, 64), 0.5, np.float32)).save(twins / "float.tif")
     Image.new("RGB", (64, 64)).save(twins / "pages.tiff", save_all=True, append_images=[Image.new("RGB", (64, 64))])
-    (twins / "._1.png").write_bytes(b"\x00\x05\x16\x07")
+    (twins / "cut.png").write_bytes(b"\x89PNG")
+    (twins / "._1.png").write_bytes(b"\x00\x05\x16\x07")  # hidden, as in training
     with pytest.raises(ValueError, match="4 of 8 images cannot be predicted") as error:
         engine(tmp_path).predict(trained, data_path=twins)
-    for name in ("z.png", "float.tif", "pages.tiff", "._1.png"):
+    for name in ("z.png", "float.tif", "pages.tiff", "cut.png"):
         assert name in str(error.value)
     for index in range(4):
         shutil.copy(twins / "z.png", twins / f"z{index}.png")

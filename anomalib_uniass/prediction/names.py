@@ -38,6 +38,14 @@ def given_folder(trainer: Trainer) -> Path | None:
     return _common(folders) if folders else None
 
 
+def data_argument(trainer: Trainer) -> Path | None:
+    """Return the file or folder that is ``--data`` on the command line, None if there is none or it is no path."""
+    callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connectors
+    configs = [callback.config for callback in callbacks if isinstance(callback, SaveConfigCallback)]
+    named = [config.get("data") for config in configs]
+    return next((Path(name) for name in named if isinstance(name, (str, Path))), None)
+
+
 def name_below(path: str | Path, folder: Path | None) -> Path:
     """Return the path of an image relative to a folder, its last two parts if it lies elsewhere or there is none."""
     path = Path(path)
@@ -57,14 +65,9 @@ def _files(dataset: object) -> list[str]:
 
 def _named_folders(trainer: Trainer) -> list[Path]:
     """Return the folders that the user named: on the command line of ``predict``, and as root of the datamodule."""
-    configs = [callback.config for callback in _callbacks(trainer) if isinstance(callback, SaveConfigCallback)]
-    named = [config.get("data") for config in configs] if trainer.predicting else []
+    named = [data_argument(trainer) if trainer.predicting else None]
     named.append(getattr(getattr(trainer, "datamodule", None), "root", None))
     return [Path(name).resolve() for name in named if isinstance(name, (str, Path)) and Path(name).is_dir()]
-
-
-def _callbacks(trainer: Trainer) -> list[object]:
-    return trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connectors
 
 
 def _common(folders: Iterable[str | Path]) -> Path:

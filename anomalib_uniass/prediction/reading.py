@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images that this package does not read itself: checked beforehand, and read right where that can be done."""
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +13,17 @@ from anomalib.data import ImageBatch, ImageItem, PredictDataset
 from anomalib.data.datasets.base import AnomalibDataset
 from anomalib.data.utils import read_image as anomalib_read_image
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import Identity
 
 from anomalib_uniass.data.dataset import UnifiedDataset
-from anomalib_uniass.data.images import check_image, is_misread, read_image
+from anomalib_uniass.data.images import check_image, image_suffixes, is_misread, read_image
+from anomalib_uniass.data.listing import some_lines
+from anomalib_uniass.prediction.folder import complete_datasets
 from anomalib_uniass.prediction.names import current_datasets
 
-MOST_NAMED = 5
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -28,8 +31,10 @@ T = TypeVar("T")
 class ImageReading(Callback):
     """See to it that images are read right where anomalib reads them.
 
-    anomalib reads with ``convert("RGB")``, which makes 16-bit images white and leaves EXIF's orientation alone. All
-    files of a folder are checked before the first is predicted, and those that anomalib misreads are read again. A
+    anomalib reads with ``convert("RGB")``, which makes 16-bit images white and leaves EXIF's orientation alone, and
+    lists fewer formats than training reads. Of a folder the same files are predicted as would be trained on
+    (:mod:`~anomalib_uniass.prediction.folder`). All are checked before the first is predicted, and those that anomalib
+    misreads are read again; a file that changes in between is named. A
     datamodule of anomalib's own that has such files is refused: what it does to images afterwards cannot be repeated.
     Must stand before the pre-processor: models add it to their own callbacks. Datasets of other classes are taken to
     read right.
@@ -37,22 +42,26 @@ class ImageReading(Callback):
 
     def __init__(self) -> None:
         self._misread: frozenset[str] = frozenset()
+        self._checked: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a datamodule of anomalib's own that misreads images.
+        """Refuse a datamodule of anomalib's own that misreads images, and complete the images of a folder.
 
         Raises:
-            ValueError: If there are such images; names up to five.
+            ValueError: If there are such images; names up to five. If a folder to predict holds no images.
         """
-        del pl_module, stage
+        del pl_module
+        if stage == TrainerFn.PREDICTING:
+            complete_datasets(trainer)
         datamodule = getattr(trainer, "datamodule", None)
         subsets = [getattr(datamodule, name, None) for name in ("train_data", "val_data", "test_data")]
+        suffixes = image_suffixes()
         files = {
             file
             for subset in subsets
             if isinstance(subset, AnomalibDataset) and not isinstance(subset, UnifiedDataset)
             for file in subset.samples["image_path"].astype(str)
-            if Path(file).suffix.lower() in IMG_EXTENSIONS  # no videos
+            if Path(file).suffix.lower() in suffixes  # no videos
         }
         name = type(datamodule).__name__
         _raise_problems(
@@ -68,9 +77,28 @@ class ImageReading(Callback):
             ValueError: If some cannot be read, or not rightly; names up to five.
         """
         del pl_module
-        datasets = current_datasets(trainer)
-        files = [str(file) for data in datasets if isinstance(data, PredictDataset) for file in data.image_filenames]
+        self._checked = []
+        files = _files(trainer)
         self._misread = check_files(files)
+        self._checked = files
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the files: a model may be pickled."""
+        del trainer, pl_module
+        self._checked = []
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Name the files that were whole when the prediction began and are not any more."""
+        del pl_module
+        if trainer.predicting and self._checked and isinstance(exception, Exception):
+            problems = [problem for _, problem in _all(check_image, self._checked) if problem]
+            if problems:
+                logger.error(
+                    "%d images changed or vanished after they were checked:\n%s\nReplace or remove them, and predict "
+                    "again.",
+                    len(problems),
+                    some_lines(problems),
+                )
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
@@ -85,6 +113,12 @@ class ImageReading(Callback):
         items = [ImageItem(image=transform(read_image(path)), image_path=path) for path in paths]
         # Collated as before: images of several sizes take that of the largest.
         batch.image = dataset.collate_fn(items).image.to(cast("Tensor", batch.image))
+
+
+def _files(trainer: Trainer) -> list[str]:
+    """Return the images of all folders that are predicted."""
+    datasets = current_datasets(trainer)
+    return [str(file) for data in datasets if isinstance(data, PredictDataset) for file in data.image_filenames]
 
 
 def check_files(files: Sequence[Path | str]) -> frozenset[str]:
@@ -127,7 +161,5 @@ def _raise_problems(found: Sequence[str | None], what: str, advice: str) -> None
     """Raise a ValueError that names up to five problems, if there are some."""
     problems = [problem for problem in found if problem]
     if problems:
-        shown = "".join(f"\n  - {problem}" for problem in problems[:MOST_NAMED])
-        more = f"\n  and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
-        msg = f"{len(problems)} {what}:{shown}{more}\n{advice}"
+        msg = f"{len(problems)} {what}:\n{some_lines(problems)}\n{advice}"
         raise ValueError(msg)
