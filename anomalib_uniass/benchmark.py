@@ -8,9 +8,11 @@ from anomalib.data import get_datamodule
 from anomalib.models import get_model
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 
+from anomalib_uniass.models.from_checkpoint import FromCheckpointMixin
+
 
 def check_entries(config: Path | str) -> None:
-    """Build every model and datamodule of a benchmark's file once.
+    """Build every model and datamodule of a benchmark's file once, and fetch the weights of our models.
 
     One that cannot be built later would end the run, the entries behind it included, with exit code 0.
 
@@ -30,7 +32,9 @@ def check_entries(config: Path | str) -> None:
     for entry in entries:
         for part, build in (("model", get_model), ("data", get_datamodule)):
             try:
-                build(entry[part])
+                built = build(entry[part])
+                if isinstance(built, FromCheckpointMixin):
+                    built.fetch_weights()
             except Exception as error:  # a constructor may raise anything
                 name = entry[part].get("class_path") if isinstance(entry.get(part), dict) else None
                 reason = " ".join(str(error).split()) or "no such class"

@@ -39,6 +39,7 @@ def keep_constants_local(model: nn.Module, frozen: Iterable[nn.Module]) -> None:
         frozen: Parts of it that do not change in training.
     """
     still = {id(buffer) for part in frozen for buffer in part.buffers()}
-    saved = model.state_dict().keys()
-    constants = [name for name, buffer in model.named_buffers() if name not in saved or id(buffer) in still]
+    # By hand: to ask for the state fetches the backbone's weights, which a checkpoint may be about to bring.
+    still |= {id(module._buffers[name]) for module in model.modules() for name in module._non_persistent_buffers_set}
+    constants = [name for name, buffer in model.named_buffers() if id(buffer) in still]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, constants)

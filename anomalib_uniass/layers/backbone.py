@@ -10,7 +10,9 @@ import torch
 from timm.models.efficientnet import EfficientNetFeatures
 from torch import Tensor, nn
 
+from anomalib_uniass.layers.backbone_check import check_levels
 from anomalib_uniass.layers.backbone_weights import create_network, load_backbone_weights
+from anomalib_uniass.layers.seeding import seeded
 from anomalib_uniass.layers.static_padding import freeze_padding
 from anomalib_uniass.layers.transformer_levels import TransformerLevels, is_transformer
 
@@ -26,13 +28,18 @@ class FeaturePyramid(nn.Module):
     TensorFlow's dynamic SAME padding is replaced by the padding it takes at the network's native resolution
     (380 pixels for EfficientNet-B4), which is what the UniAS release computes with and what exports cleanly.
 
+    Weights of timm's hub are fetched when they are first needed: by a forward pass, when the state is asked for, or by
+    :meth:`fetch_weights`. Where a checkpoint is loaded before that, nothing is fetched at all.
+
     Args:
         backbone: Any timm network that supports ``features_only`` and offers strides 2, 4, 8 and 16, or a plain vision
             transformer of timm.
-        pre_trained: Load ImageNet weights; from timm's hub, or from ``weights`` if given.
+        pre_trained: Take ImageNet weights; from timm's hub, or from ``weights`` if given.
         weights: A weights file or the name of an installed weights package
             (see :func:`~anomalib_uniass.layers.backbone_weights.load_backbone_weights`).
         image_size: Height H and width W of the images; transformers are made for one size.
+        exact: Refuse a network whose levels are not exactly ``H / s_i`` by ``W / s_i``; False is for models that resize
+            them.
 
     Attributes:
         channels: Channels of the returned taps, fine to coarse.
@@ -40,10 +47,13 @@ class FeaturePyramid(nn.Module):
         std: Normalisation standard deviation, likewise.
 
     Raises:
-        ValueError: If timm does not know the backbone, or it lacks one of the strides.
-        RuntimeError: If the weights cannot be fetched.
+        ValueError: If timm does not know the backbone, it lacks one of the strides or cannot take images of this size,
+            or there are ``weights`` without ``pre_trained``.
         FileNotFoundError: If ``weights`` names neither a file nor an installed package.
     """
+
+    awaits_weights: bool = False
+    """Whether the weights of timm's hub are still to be fetched; until then they are random."""
 
     def __init__(
         self,
@@ -52,6 +62,7 @@ class FeaturePyramid(nn.Module):
         pre_trained: bool = True,
         weights: str | Path | None = None,
         image_size: tuple[int, int] = (224, 224),
+        exact: bool = True,
     ) -> None:
         super().__init__()
         if not timm.is_model(backbone):
@@ -59,24 +70,75 @@ class FeaturePyramid(nn.Module):
             close = [name for name in known if backbone in name][:5] or difflib.get_close_matches(backbone, known, n=5)
             msg = f"backbone must be a timm model name, got {backbone!r}. Similar names: {', '.join(close) or 'none'}."
             raise ValueError(msg)
-        fetch = pre_trained and weights is None
-        if is_transformer(backbone):
-            network: Any = TransformerLevels(backbone, pre_trained=fetch, image_size=image_size)
+        if weights is not None and not pre_trained:
+            msg = (
+                f"weights={str(weights)!r} and pre_trained=False contradict each other: random weights, or those? "
+                "Leave pre_trained out to load them, or weights (null in YAML and on the command line)."
+            )
+            raise ValueError(msg)
+        self.backbone = backbone
+        self.image_size = image_size
+        network = self._create(pre_trained=False)
+        if isinstance(network, TransformerLevels):
             config = network.vit.pretrained_cfg
-            if pre_trained and weights is not None:
-                network.load(weights)
             self.channels: tuple[int, ...] = network.channels
+            if weights is not None:
+                network.load(weights)
         else:
-            network = _create_trunk(backbone, pre_trained=fetch)
             config = network.pretrained_cfg
-            if pre_trained and weights is not None:
-                load_backbone_weights(network, backbone, weights)
             self.channels = tuple(network.feature_info.channels())
+            if weights is not None:
+                load_backbone_weights(network, backbone, weights)
             freeze_padding(network, native_size=config["input_size"][-2:])
         self.mean: tuple[float, ...] = tuple(config["mean"])
         self.std: tuple[float, ...] = tuple(config["std"])
         self.network: nn.Module = network.requires_grad_(False)
+        self.awaits_weights = pre_trained and weights is None
         self.eval()
+        check_levels(
+            self.network,
+            backbone,
+            image_size=image_size,
+            expected=[
+                (1, c, image_size[0] // s, image_size[1] // s) for c, s in zip(self.channels, STRIDES, strict=True)
+            ],
+            exact=exact,
+        )
+
+    def _create(self, *, pre_trained: bool) -> Any:
+        """Build the network with random weights, or those of timm's hub."""
+        if is_transformer(self.backbone):
+            return TransformerLevels(self.backbone, pre_trained=pre_trained, image_size=self.image_size)
+        return _create_trunk(self.backbone, pre_trained=pre_trained)
+
+    def fetch_weights(self) -> None:
+        """Fetch the weights of timm's hub, unless they are here or others came.
+
+        Raises:
+            RuntimeError: If they cannot be fetched.
+        """
+        if not self.awaits_weights:
+            return
+        with seeded(0):  # timm draws random weights first: other random numbers stay as they are
+            fetched = self._create(pre_trained=True)
+        # Where the network was made: what was made in inference mode changes nowhere else.
+        with torch.inference_mode(next(self.network.parameters()).is_inference()):
+            self.network.load_state_dict(fetched.state_dict())
+        self.awaits_weights = False
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Have the weights before the state tells them."""
+        self.fetch_weights()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Spare the fetching where all weights come from a state."""
+        names = {f"{prefix}network.{name}" for name in self.network.state_dict()}
+        if names <= state_dict.keys():
+            self.awaits_weights = False
+        elif names & state_dict.keys():
+            self.fetch_weights()  # what comes goes on top
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def train(self, mode: bool = True) -> "FeaturePyramid":
         """Stay in eval mode: batch-norm statistics of the backbone never move."""
@@ -92,7 +154,11 @@ class FeaturePyramid(nn.Module):
 
         Returns:
             Features, fine to coarse.
+
+        Raises:
+            RuntimeError: If the weights are still to be fetched and cannot be.
         """
+        self.fetch_weights()
         return list(self.network(image))
 
 

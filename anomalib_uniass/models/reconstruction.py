@@ -3,10 +3,11 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import islice
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
+import pandas as pd
 import torch
 from anomalib import LearningType
 from anomalib.data import ImageBatch
@@ -14,6 +15,7 @@ from anomalib.metrics import AnomalibMetric, Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
@@ -28,6 +30,7 @@ from anomalib_uniass.distribution import keep_constants_local
 from anomalib_uniass.layers.seeding import random_states, set_random_states
 from anomalib_uniass.metrics import CategoryMetricsCallback
 from anomalib_uniass.models.complete_run import CompleteRunMixin
+from anomalib_uniass.models.from_checkpoint import FromCheckpointMixin, differences
 from anomalib_uniass.models.progress import ProgressLines
 from anomalib_uniass.models.tiled import TiledMixin
 from anomalib_uniass.prediction import PredictionMixin
@@ -45,7 +48,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 LRSchedule = Literal["step", "onecycle"]
 
 
-class ReconstructionMixin(CompleteRunMixin, PredictionMixin, TiledMixin, ExportMixin):
+class ReconstructionMixin(FromCheckpointMixin, CompleteRunMixin, PredictionMixin, TiledMixin, ExportMixin):
     """Training, checkpoints and export of a frozen backbone with a trainable reconstruction network.
 
     Expects of the class it is mixed into: ``self.model``, a :class:`~anomalib_uniass.layers.tiling.TiledModel` with
@@ -59,8 +62,7 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, TiledMixin, ExportM
     """
 
     model: Any
-    architecture: ClassVar[tuple[str, ...]]
-    """Constructor arguments that a checkpoint must agree with."""
+    built = ("model", "loss")
     optimization = ("lr_schedule", "lr_step_epochs", "learning_rate", "weight_decay")
     """Constructor arguments that a run which goes on takes from the checkpoint, in its optimizer and its schedule."""
     _resumed: dict[str, Any] | None = None
@@ -118,9 +120,9 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, TiledMixin, ExportM
         """Refuse what the checkpoint's optimizer would override without a word."""
         if not self._resumed:
             return
-        if differences := _differences(self._resumed["hyper_parameters"], self.hparams, self.optimization):
+        if changed := differences(self._resumed["hyper_parameters"], self.hparams, self.optimization):
             msg = (
-                f"A run that goes on takes optimizer and schedule from its checkpoint ({'; '.join(differences)}). Set "
+                f"A run that goes on takes optimizer and schedule from its checkpoint ({'; '.join(changed)}). Set "
                 f"the same. {self._advice_to_start_anew()}"
             )
             raise ValueError(msg)
@@ -164,15 +166,43 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, TiledMixin, ExportM
             )
             raise ValueError(msg)
         self._resumed = {} if stage == "fit" else None  # not what an earlier training went on from
-        if self.trainer.world_size > 1:
+        self._keep_constants_local()
+
+    def _keep_constants_local(self) -> None:
+        """Spare a distributed run the constants of the network."""
+        if self._trainer is not None and self._trainer.world_size > 1:
             keep_constants_local(self, frozen=self.frozen_parts())
+
+    def on_fit_start(self) -> None:
+        """Ask whether tiles fit into the images, and say what gets lost."""
+        super().on_fit_start()
+        frames = self._check_sizes()
+        if self.trainer.is_global_zero and frames:
+            say_what_gets_lost(frames[-1], self.model.image_size, tile_size=self.hparams["tile_size"])
+
+    def on_validation_start(self) -> None:
+        """Ask whether tiles fit into the images."""
+        super().on_validation_start()
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self._check_sizes()
+
+    def on_test_start(self) -> None:
+        """Ask whether tiles fit into the images."""
+        super().on_test_start()
+        self._check_sizes()
+
+    def _check_sizes(self) -> list[pd.DataFrame]:
+        """Refuse images that are smaller than a tile, once a checkpoint has told the tiles; return all samples.
+
+        Raises:
+            ValueError: If there are some.
+        """
         datamodule = getattr(self.trainer, "datamodule", None)
         subsets = [getattr(datamodule, name, None) for name in ("train_data", "val_data", "test_data")]
         frames = [subset.samples for subset in subsets if subset is not None and hasattr(subset, "samples")]
         if self.model.tiling is not None:
             check_sizes(frames, self.model.tiling.check)
-        if stage == "fit" and self.trainer.is_global_zero and frames:
-            say_what_gets_lost(frames[-1], self.model.image_size, tile_size=self.hparams["tile_size"])
+        return frames
 
     def frozen_parts(self) -> list[nn.Module]:
         """Return the parts of the network that do not change from step to step."""
@@ -327,20 +357,17 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, TiledMixin, ExportM
         return LearningType.ONE_CLASS
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture before its weights fail to fit.
+        """Take architecture and weights from a checkpoint, and what a training goes on from.
 
         Raises:
-            ValueError: If an architecture argument differs; the message lists them.
+            ValueError: If an argument of the architecture was set to something else; the message lists them.
         """
-        saved = checkpoint.get("hyper_parameters", {})
-        if differences := _differences(saved, self.hparams, self.architecture):
-            msg = f"The checkpoint was trained with another configuration ({'; '.join(differences)}). Set the same."
-            raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
+        self._keep_constants_local()
         if self._resumed is not None:
             (schedule,) = checkpoint.get("lr_schedulers") or [{}]
             self._resumed = {
-                "hyper_parameters": saved,
+                "hyper_parameters": checkpoint["hyper_parameters"],
                 "total_steps": schedule.get("total_steps"),
                 "random_states": checkpoint.get("random_states"),
             }
@@ -349,16 +376,6 @@ class ReconstructionMixin(CompleteRunMixin, PredictionMixin, TiledMixin, ExportM
         """Keep the states of the random generators, to go on as if the run had not stopped."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["random_states"] = random_states(self.device)
-
-    @classmethod
-    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> AnomalibModule:  # type: ignore[override]
-        """Load a model from a checkpoint; the checkpoint holds the backbone, so nothing is downloaded.
-
-        Arguments as for :meth:`anomalib.models.AnomalibModule.load_from_checkpoint`.
-        """
-        kwargs.setdefault("pre_trained", False)
-        kwargs.setdefault("weights", None)
-        return super().load_from_checkpoint(*args, **kwargs)
 
 
 def check_arguments(
@@ -393,17 +410,3 @@ def check_arguments(
         check_whole("max_epochs", max_epochs, at_least=1)
     if seed is not None:
         check_seed(seed)
-
-
-def _differences(saved: Mapping[str, Any], own: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Return which arguments of a checkpoint differ from the model's, with both values."""
-    return [
-        f"{name}: checkpoint {_plain(saved[name])}, model {_plain(own[name])}"
-        for name in names
-        if name in saved and _plain(saved[name]) != _plain(own[name])
-    ]
-
-
-def _plain(value: Any) -> Any:
-    """Make sequences comparable: a YAML file gives a list where the constructor makes a tuple."""
-    return tuple(value) if isinstance(value, (list, tuple)) else value

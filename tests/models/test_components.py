@@ -190,4 +190,4 @@ def test_missing_network_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(RuntimeError, match=r"no route to host.*pass `weights`"):
-        FeaturePyramid("resnet18", pre_trained=True)
+        FeaturePyramid("resnet18", pre_trained=True).fetch_weights()

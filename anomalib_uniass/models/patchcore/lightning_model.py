@@ -18,6 +18,7 @@ from anomalib_uniass.deploy.export import ExportMixin, check_finite_weights
 from anomalib_uniass.layers.backbone import FeaturePyramid
 from anomalib_uniass.layers.token_grid import token_grid
 from anomalib_uniass.models.complete_run import CompleteRunMixin
+from anomalib_uniass.models.from_checkpoint import FromCheckpointMixin
 from anomalib_uniass.models.patchcore.coreset import PatchSample, k_center_greedy
 from anomalib_uniass.models.reconstruction import ReconstructionMixin
 from anomalib_uniass.prediction import PredictionMixin
@@ -25,7 +26,7 @@ from anomalib_uniass.prediction import PredictionMixin
 BANK_TAPS = (2, 3)  # strides 8 and 16, as layer2 and layer3 of the paper's WideResNet-50
 
 
-class BoundedPatchcore(CompleteRunMixin, PredictionMixin, ExportMixin, Patchcore, AnomalibModule):
+class BoundedPatchcore(FromCheckpointMixin, CompleteRunMixin, PredictionMixin, ExportMixin, Patchcore, AnomalibModule):
     """Patchcore (Roth et al., CVPR 2022, arXiv 2106.08265) whose memory and time do not grow with the dataset.
 
     anomalib's Patchcore keeps every patch of the training set before it chooses its memory bank: 16 GiB for MVTec AD as
@@ -60,6 +61,9 @@ class BoundedPatchcore(CompleteRunMixin, PredictionMixin, ExportMixin, Patchcore
         >>> Engine().train(BoundedPatchcore(), datamodule=MVTec(root="datasets/MVTecAD"))  # doctest: +SKIP
     """
 
+    architecture = ("backbone", "image_size")
+    built = ("model", "max_patches", "coreset_size", "seed")
+
     def __init__(
         self,
         backbone: str = "tf_efficientnet_b4.aa_in1k",
@@ -88,7 +92,7 @@ class BoundedPatchcore(CompleteRunMixin, PredictionMixin, ExportMixin, Patchcore
         image_size = parse_image_size(image_size)
         token_grid(image_size)
         weights = None if weights is None else str(weights)
-        pyramid = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights, image_size=image_size)
+        pyramid = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights, image_size=image_size, exact=False)
         if pre_processor is True:
             pre_processor = ReconstructionMixin.configure_pre_processor(image_size, pyramid.mean, pyramid.std)
         super().__init__(
@@ -131,6 +135,7 @@ class BoundedPatchcore(CompleteRunMixin, PredictionMixin, ExportMixin, Patchcore
 
     def on_fit_start(self) -> None:
         """Start a new sample of patches."""
+        super().on_fit_start()
         self._sample = PatchSample(self.max_patches, seed=self.seed)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -82,7 +82,9 @@ class UniADModel(TiledModel):
         self.register_buffer("neighbor_mask", neighbor_mask(height, width), persistent=False)
 
         with seeded(seed):
-            self.backbone = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights, image_size=image_size)
+            self.backbone = FeaturePyramid(
+                backbone, pre_trained=pre_trained, weights=weights, image_size=image_size, exact=False
+            )
             channels = sum(self.backbone.channels)
             self.jitter = FeatureJitter(scale=jitter_scale, probability=jitter_probability)
             self.input_proj = nn.Linear(channels, hidden_dim)

@@ -190,6 +190,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         Raises:
             TypeError: If the end of the training takes images by number and the training set has none.
         """
+        super().on_fit_start()
         if self.model.detector.parts_to_fit():
             self.indexed_training_loader()  # at the end it is too late to find out
         standardization = self.model.standardization
