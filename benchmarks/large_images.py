@@ -46,7 +46,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_uniass import BoundedPatchcore, UniAS, Unified
-from anomalib_uniass.data.images import read_image, read_mask
+from anomalib_uniass.data.images import read_image
+from anomalib_uniass.data.masks import read_mask
 from anomalib_uniass.files import replace_text
 from anomalib_uniass.layers.tiling import Tiling, make_tiling
 from anomalib_uniass.metrics import CategoryMetrics

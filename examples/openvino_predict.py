@@ -46,6 +46,8 @@ def read(path: Path) -> np.ndarray:
     mode, kind, coding = image.mode, image.format, str(image.tile[:1])
     deep = any(mark in coding for mark in (";16", "SGI16", ", 65535)")) or tag(image, 258) > 8
     grey = mode.startswith("I;16") or (mode == "I" and kind in ("PNG", "PPM"))  # of up to 16 bits
+    if kind == "JPEG2000" and (bits := data[data.find(b"\xff\x4f\xff\x51") + 42] + 1) > 8 and not (grey and bits == 16):
+        raise ValueError(f"JPEG 2000 of {bits} bits, whose white Pillow rounds, to 0 in colour; save it as 16-bit PNG")
     if getattr(image, "n_frames", 1) > 1 and kind != "MPO":  # MPO: a phone's photograph comes first
         raise ValueError("several pages or frames; save one by itself")
     if kind not in ("PNG", "PPM", "TIFF", "JPEG2000") if grey else mode not in (*PLAIN, *ALPHA):
@@ -61,7 +63,9 @@ def read(path: Path) -> np.ndarray:
     if keyed or (image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255):
         raise ValueError("transparent pixels; flatten it on a background")
     pixels = np.asarray(image.convert("RGB"))
-    if deep and 0 < np.asarray(image if mode == "CMYK" else pixels).max() < 16:  # as 12-bit values in 16 bits look
+    told = png_depth(data) if kind == "PNG" else tag(image, 281).bit_length() or 16
+    top = np.asarray(image if mode == "CMYK" else pixels).max()
+    if deep and (told < 16 or 0 < top < 16):  # below 16, as 12-bit values in 16 bits look
         raise ValueError("unknown bit depth; save it with values up to 65535 for white, or in 8 bits")
     return pixels.astype(np.float32) / 255
 

@@ -21,7 +21,8 @@ from torchvision.transforms.v2 import RandomVerticalFlip as VFlip
 from torchvision.tv_tensors import Mask
 
 from anomalib_uniass.data.image_cache import ImageCache
-from anomalib_uniass.data.images import read_image, read_mask
+from anomalib_uniass.data.images import read_image
+from anomalib_uniass.data.masks import read_mask
 
 FLIP_PROBABILITY = 0.3
 

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from anomalib.data.utils import LabelName
-from PIL import ExifTags, Image
 
 from anomalib_uniass.categories import row_categories
-from anomalib_uniass.data.images import read_mask
+from anomalib_uniass.data.masks import read_mask
+from anomalib_uniass.data.opening import shown_size
 
 logger = logging.getLogger(__name__)
 
@@ -192,10 +192,8 @@ def check_sizes(frames: Iterable[pd.DataFrame], check: Callable[[tuple[int, int]
     """
     for path in (path for frame in frames for path in frame["image_path"]):
         try:
-            with Image.open(path) as image:
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-                width, height = image.size[::-1] if turned else image.size
-        except OSError:  # not for Pillow; whoever reads it will say so
+            width, height = shown_size(path)
+        except ValueError:  # not for Pillow; whoever reads it will say so
             continue
         try:
             check((height, width))

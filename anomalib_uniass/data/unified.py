@@ -28,6 +28,7 @@ from anomalib_uniass.data.image_cache import ImageCache, fixed_resize
 from anomalib_uniass.data.images import read_image
 from anomalib_uniass.data.listing import by_ending, some
 from anomalib_uniass.data.mvtec_layout import LayoutError, MVTecLayout, explain_root
+from anomalib_uniass.data.opening import MAX_MEGAPIXELS
 from anomalib_uniass.data.sources import (
     category_folders,
     check_names,
@@ -99,6 +100,9 @@ class Unified(AnomalibDataModule):
             224 x 224. Pays where a GPU waits for few CPU cores; not on a CPU, where the model takes far longer than
             reading. Numbers are the same but for rounding (below 1e-5) in flipped and rotated images. Needs a resize
             to a fixed size (the models' own), a square for ``rotate``, and no ``train_augmentations``.
+        max_megapixels: Millions of pixels that an image or a mask may have; more are refused before anything is read.
+            Reading takes 12 bytes per pixel in each worker, 3.6 GB at the default of 300. Pillow's own limit, which is
+            one for the whole process, is neither asked nor changed.
 
     Raises:
         ValueError: If the source, a category or the validation split is unknown or out of range, if a category has the
@@ -134,6 +138,7 @@ class Unified(AnomalibDataModule):
         seed: int | None = 0,
         comparison: Path | str | None = None,
         cache_images: bool = False,
+        max_megapixels: float = MAX_MEGAPIXELS,
     ) -> None:
         log_once()
         check_choice("val_split_mode", val_split_mode, [mode.value for mode in ValSplitMode])
@@ -150,6 +155,7 @@ class Unified(AnomalibDataModule):
         if seed is not None:
             check_seed(seed)
         check_flag("cache_images", cache_images)
+        check_number("max_megapixels", max_megapixels, above=0)
         check_text("source", source)
         if comparison is not None:
             check_text("comparison", str(comparison) if isinstance(comparison, Path) else comparison)
@@ -186,6 +192,7 @@ class Unified(AnomalibDataModule):
         self.rotate = self._known_names(rotate, "rotate")
         self.comparison = comparison
         self.cache_images = cache_images
+        self.max_megapixels = max_megapixels
         if cache_images and self.train_augmentations is not None:
             # A model may bring another resize, but does not take steps out.
             fixed_resize(self.train_augmentations, rotated=False)
@@ -304,7 +311,9 @@ class Unified(AnomalibDataModule):
         if not self._checked:
             self._tell_what_is_left_out(parts.values())
             for subset in subsets:
-                check_samples(subset.samples, needs_masks=subset.task == "segmentation")
+                check_samples(
+                    subset.samples, needs_masks=subset.task == "segmentation", max_megapixels=self.max_megapixels
+                )
         self._find_copies(subsets, tell=not self._checked)
         self._checked = True
 

@@ -16,12 +16,11 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
-from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms.v2 import CenterCrop, Compose
 
 from anomalib_uniass.categories import sample_categories
-from anomalib_uniass.data.images import is_misread
+from anomalib_uniass.data.opening import shown_size
 from anomalib_uniass.distribution import of_all_processes
 from anomalib_uniass.failures import Failures
 from anomalib_uniass.files import replacing
@@ -38,7 +37,6 @@ MUCH_MEMORY = 1_000_000_000
 """Bytes of predictions that are kept to be returned, from which on their number is said."""
 NOT_FINITE = "not finite"
 """Label of an image whose score or map is NaN or infinite: it is never good."""
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 class Row(NamedTuple):
@@ -168,8 +166,8 @@ class PredictionTable(Callback):
     def _size(self, path: str) -> tuple[int, int] | None:
         """Return width and height of an image as it is shown, None where that cannot be told."""
         try:
-            return _image_size(path)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            return shown_size(path) if Path(path).is_file() else None
+        except (OSError, ValueError) as error:
             self._no_size.add(path, error)
             return None
 
@@ -210,18 +208,6 @@ def _regions(mask: Tensor, size: tuple[int, int]) -> list[list[int]]:
         wide, high = max(round((x + width) * across) - left, 1), max(round((y + height) * down) - top, 1)
         boxes.append([left, top, wide, high, min(max(round(area * across * down), 1), wide * high)])
     return boxes
-
-
-def _image_size(path: str) -> tuple[int, int] | None:
-    """Return width and height of an image as it is shown, None if the path is no file."""
-    if not Path(path).is_file():
-        return None
-    may_be_turned = is_misread(path)
-    with Image.open(path) as image:
-        width, height = image.size
-        # Asked only where needed: Pillow decodes a PNG to answer.
-        turned = may_be_turned and image.getexif().get(ExifTags.Base.Orientation) in _TURNED
-    return (height, width) if turned else (width, height)
 
 
 def _crops(pre_processor: object) -> bool:
