@@ -35,6 +35,7 @@ _ALPHA: Final = (1, 2)  # ExtraSamples of a TIFF that are transparency, associat
 _WHITE: Final = 65535
 _WHITE_OF_12_BITS: Final = 4095
 _JPEG2000_START: Final = b"\xff\x4f\xff\x51"  # of the codestream and of its sizes
+_JPEG2000_STYLE: Final = b"\xff\x52"
 _JPEG2000_COLOURS: Final = (16, 17)  # sRGB and grey; others would have to be converted
 
 Samples = npt.NDArray[Any]
@@ -218,6 +219,13 @@ def read_png(path: Path | str) -> Samples:
     """Return the channels of a PNG (H, W, C) at its own scale; a transparent colour has become alpha."""
     samples = imagecodecs.png_decode(Path(path).read_bytes())
     return samples.reshape(*samples.shape[:2], -1)
+
+
+def is_reversible_jpeg2000(path: Path | str) -> bool:
+    """Whether a JPEG 2000 was compressed by the transform without losses, as its coding style tells."""
+    data = Path(path).read_bytes()
+    style = data.find(_JPEG2000_STYLE, max(data.find(_JPEG2000_START), 0))
+    return 0 <= style < len(data) - 13 and data[style + 13] == 1
 
 
 def _read_jpeg2000(path: Path | str) -> Samples:

@@ -9,6 +9,8 @@ range. Pixels of a palette have its colours. On a transparent background what is
 from __future__ import annotations
 
 import functools
+import os
+import struct
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -24,6 +26,7 @@ from anomalib_uniass.data.bit_depth import (
     TIFF_PHOTOMETRIC,
     WHITE_IS_ZERO,
     bits,
+    is_reversible_jpeg2000,
     needs_own_reader,
     read_png,
     read_samples,
@@ -44,7 +47,7 @@ from anomalib_uniass.data.opening import (
 )
 
 # Compression noise makes the black of a mask a little grey in these.
-_LOSSY_FORMATS: Final = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
+_LOSSY_FORMATS: Final = ("JPEG", "MPO", "AVIF")
 _LOSSY_COMPRESSIONS: Final = ("jpeg", "tiff_jpeg", "webp")  # inside a TIFF, as Pillow calls them
 _TIFF_STARTS: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _LOSSLESS_TIFF: Final = (1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000)  # Compression
@@ -189,9 +192,11 @@ def _painted_defect(lit: Bools, painted: Bools, path: Path | str, *, lossy: bool
 
 
 def _extremes(values: Values) -> tuple[Values, Values]:
-    """Return the pixels with the least and the greatest sum."""
+    """Return the pixels with the least and the greatest sum, two others that differ if all have the same."""
     flat = values.reshape(-1, values.shape[-1])
     sums = flat.sum(axis=-1, dtype=np.float64)
+    if sums.min() == sums.max():
+        sums = (flat != flat[0]).any(axis=-1)
     return flat[sums.argmin()], flat[sums.argmax()]
 
 
@@ -299,9 +304,22 @@ def _palette_colours(image: Image.Image, path: Path | str) -> Values:
 def _is_lossy(image: ImageFile.ImageFile, path: Path | str) -> bool:
     """Whether values may have been changed by compression."""
     if image.format == "WEBP":
-        with Path(path).open("rb") as file:
-            return file.read(16)[12:] != b"VP8L"
+        return _has_lossy_chunk(path)
+    if image.format == "JPEG2000":
+        return not is_reversible_jpeg2000(path)
     return image.format in _LOSSY_FORMATS or image.info.get("compression") in _LOSSY_COMPRESSIONS
+
+
+def _has_lossy_chunk(path: Path | str) -> bool:
+    """Whether a WebP has pixels in its lossy format; there may be chunks of other things before."""
+    with Path(path).open("rb") as file:
+        file.seek(12)
+        while len(head := file.read(8)) == 8:
+            name, length = struct.unpack("<4sI", head)
+            if name == b"VP8 ":
+                return True
+            file.seek(length + length % 2, os.SEEK_CUR)
+    return False
 
 
 def _is_of_tifffile(software: str) -> bool:

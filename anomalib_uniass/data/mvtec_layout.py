@@ -22,6 +22,11 @@ _TRAIN, _TEST, _MASKS = _SPLITS = ("train", "test", "ground_truth")
 _MEANT_AS_GOOD: Final = frozenset({"good", "ok", "normal"})
 _MASK_SUFFIX: Final = "_mask"
 _MOST_PROBLEMS: Final = 5
+_NO_MASKS: Final = (
+    "Masks are images (png, tif, ...) of the size of their photographs, black where it is good. Draw the polygons of "
+    "a JSON file with the tool that wrote it (LabelMe: labelme_export_json), save an array with Pillow: "
+    "Image.fromarray((array > 0).astype('uint8') * 255).save(...). For image labels alone remove this folder."
+)
 
 
 class LayoutError(ValueError):
@@ -104,12 +109,15 @@ def read_category(folder: Path) -> pd.DataFrame:
         ``attrs["task"]``.
 
     Raises:
-        LayoutError: If an image belongs nowhere, or it is not clear which mask it has.
+        LayoutError: If an image belongs nowhere, it is not clear which mask it has, or ``ground_truth`` holds
+            annotations that are no images alone.
     """
     problems: list[str] = []
     train, test, masks = (_read_split(folder, split, problems) for split in _SPLITS)
     _check_labels(folder, train, test, problems)
     mask_of = _match_masks(folder, test, masks, problems) if masks else {}
+    if not masks and set(test) != {GOOD}:
+        _check_annotations(folder / _MASKS, problems)
     if problems:
         more = f"\nand {len(problems) - _MOST_PROBLEMS} more problems" if len(problems) > _MOST_PROBLEMS else ""
         raise LayoutError("\n".join(problems[:_MOST_PROBLEMS]) + more)
@@ -208,10 +216,12 @@ def _match_masks(
         used = {str(mask) for stem in images for mask in candidates[stem]}
         unused += [mask for mask in masks.get(label, ()) if str(mask) not in used]
     if without:
+        no_images = list_images(folder / _MASKS).left_out
         problems.append(
             f"{len(without)} anomalous images of {folder} have no mask, others have one. Images without a mask: "
             f"{some(without)}."
             + (f" Masks without an image: {some(unused)}." if unused else "")
+            + (f" {_MASKS} holds {by_ending(no_images, below=folder)}, which are no images." if no_images else "")
             + f" Expected {_MASKS}/<defect>/<name of the image> with or without {_MASK_SUFFIX!r}, in any format. "
             f"For image labels alone remove {_MASKS}."
         )
@@ -220,6 +230,12 @@ def _match_masks(
     if masks.get(GOOD):
         logger.warning("%s: masks of good images are left out", folder / _MASKS / GOOD)
     return mask_of
+
+
+def _check_annotations(folder: Path, problems: list[str]) -> None:
+    """Note annotations that are no images, without which metrics of pixels would be left out."""
+    if folder.is_dir() and (files := list_images(folder).left_out):
+        problems.append(f"{folder}: holds no mask, only {by_ending(files, below=folder)}. {_NO_MASKS}")
 
 
 def _stem_without_mask(path: Path) -> str:

@@ -88,7 +88,7 @@ def check_megapixels(size: tuple[int, int], path: Path | str, limit: float) -> N
     megapixels = size[0] * size[1] / 1e6
     if megapixels > limit:
         msg = (
-            f"{path}: {megapixels:.1f} megapixels ({size[0]} x {size[1]}), more than max_megapixels={limit:g}. If it "
+            f"{path}: {megapixels:.4g} megapixels ({size[0]} x {size[1]}), more than max_megapixels={limit:g}. If it "
             f"is meant to be so large, raise `max_megapixels` of the datamodule (`--data.max_megapixels "
             f"{int(megapixels) + 1}`): reading it takes {12 * megapixels / 1000:.1f} GB of memory in each worker."
         )

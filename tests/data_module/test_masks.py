@@ -137,6 +137,9 @@ RIGHT: dict[str, Writer] = {
     "12.pgm": text(b"P5 12 8 4095\n" + CLASSES.astype(">u2").tobytes()),
     "12 bits.jp2": jpeg2000(DEFECT.astype(np.uint16) * 4095, 12),
     "12 bits of colour.jp2": jpeg2000(colours((4095, 0, 0), (0, 0, 4095), np.uint16), 12),
+    "classes without loss.jp2": pillow(CLASSES),
+    "12 bits without loss.j2k": jpeg2000(CLASSES.astype(np.uint16), 12),
+    "label with EXIF.webp": pillow(colours((1, 0, 0), (0, 0, 9)), lossless=True, exif=exif(1)),
     # numbers of other kinds
     "ids of 32 bits.tif": tiff(np.array([0, 2**31, 2**32 - 1], np.uint32)[CLASSES]),
     "ids of 64 bits.tif": tiff(CLASSES.astype(np.uint64) << np.uint64(40)),
@@ -208,6 +211,10 @@ REFUSED: dict[str, tuple[Writer, str]] = {
         r"without a black pixel, from \(48, 112, 32\) to \(176, 112, 32\)",
     ),
     "background is 1.png": (pillow(CLASSES + np.uint8(1)), "without a black pixel, from 1 to 3"),
+    "a channel for good, too.tif": (
+        tiff(np.stack([~DEFECT, DEFECT], -1).astype(np.uint8), photometric="minisblack", planarconfig="contig"),
+        r"without a black pixel, from \(1, 0\) to \(0, 1\)",
+    ),
     "probabilities.tif": (
         tiff(np.where(DEFECT, 0.97, 0.01).astype(np.float32)),
         "without a black pixel, from 0.01 to 0.97.*cut at a probability",
@@ -421,3 +428,15 @@ def test_unified_names_what_it_was_given_before_training(
     Image.fromarray(np.asarray(shapes) // 2 + np.uint8(1)).save(masks[2])
     with pytest.raises(ValueError, match=rf"1 of 5 images.*\n.*{masks[2]}: mask without a black pixel, from 1 to 128"):
         Unified(root=root, num_workers=0).setup()
+
+
+def test_unified_has_a_limit_of_its_own_for_images_and_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_mvtec_layout(tmp_path, ["bolt"], 64)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow would refuse all of them
+    datamodule = Unified(root=root, num_workers=0, max_megapixels=0.005)
+    datamodule.setup()
+    assert datamodule.test_data[0].image.shape == (3, 64, 64)
+    with pytest.raises(
+        ValueError, match=r"4 of 4 images.*\n.*000.png: 0.004096 megapixels \(64 x 64\).*max_megapixels=0.004"
+    ):
+        Unified(root=root, num_workers=0, max_megapixels=0.004).setup()

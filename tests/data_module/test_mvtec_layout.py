@@ -403,10 +403,34 @@ def remove(root: Path, *names: str) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def as_annotations(root: Path, name: str) -> None:
+    for mask in (root / "nut/ground_truth").glob("*/*"):
+        mask.rename(mask.with_name(name.format(mask.stem)))
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "image without a mask": (
         lambda root: remove(root, "nut/ground_truth/dent/001_mask.png"),
         r"1 anomalous images .*Images without a mask: \S+nut/test/dent/001\.png\. Expected ground_truth/<defect>/",
+    ),
+    "mask as JSON beside masks": (
+        lambda root: rename(root, "nut/ground_truth/dent/001_mask.png", "nut/ground_truth/dent/001.json"),
+        r"nut/test/dent/001\.png\. ground_truth holds 1 \.json \(ground_truth/dent/001\.json\), which are no images",
+    ),
+    "annotations of LabelMe": (
+        lambda root: as_annotations(root, "{}.json"),
+        r"nut/ground_truth: holds no mask, only 4 \.json \(crack/000_mask\.json, \.\.\.\)\. Masks are images.*LabelMe",
+    ),
+    "arrays": (
+        lambda root: as_annotations(root, "{}.npy"),
+        r"nut/ground_truth: holds no mask, only 4 \.npy \(.*Image\.fromarray.*For image labels alone remove",
+    ),
+    "annotations in one file": (
+        lambda root: (
+            remove(root, "nut/ground_truth/dent", "nut/ground_truth/crack"),
+            (root / "nut/ground_truth/coco.json").touch(),
+        ),
+        r"nut/ground_truth: holds no mask, only 1 \.json \(coco\.json\)",
     ),
     "defect without masks": (
         lambda root: remove(root, "nut/ground_truth/dent"),
