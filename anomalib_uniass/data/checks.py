@@ -15,11 +15,13 @@ from anomalib.data.utils import LabelName
 
 from anomalib_uniass.data.images import check_image
 from anomalib_uniass.data.masks import examine_mask
-from anomalib_uniass.data.opening import MAX_MEGAPIXELS
+from anomalib_uniass.data.opening import MAX_MEGAPIXELS, in_turn
 
 logger = logging.getLogger(__name__)
 
 _MOST_NAMED: Final = 5
+_MANY: Final = 1000
+"""Images whose check takes so long that it is said."""
 
 
 _GROWTH: Final = 0.01
@@ -68,6 +70,8 @@ def check_samples(samples: pd.DataFrame, *, needs_masks: bool, max_megapixels: f
         ValueError: If files are missing, unreadable, too large or of a kind that cannot be read right, or masks missing
             or of another size; names up to five.
     """
+    if len(samples) >= _MANY:
+        logger.info("Checking the files of %d images, which is as long as a part of the first epoch.", len(samples))
     with ThreadPoolExecutor(max_workers=min(16, 4 * (os.cpu_count() or 1))) as pool:
         findings = list(
             pool.map(
@@ -136,7 +140,8 @@ def _check_sample(image_path: str, mask_paths: list[str] | None, max_megapixels:
     masks = {}
     for mask_path in mask_paths:
         try:
-            masks[mask_path] = findings = examine_mask(mask_path, max_megapixels=max_megapixels)
+            with in_turn(size):
+                masks[mask_path] = findings = examine_mask(mask_path, max_megapixels=max_megapixels)
         except ValueError as error:
             return _Finding(f"{error} (mask of {image_path})")
         mask_size = (findings.mask.shape[1], findings.mask.shape[0])

@@ -35,6 +35,7 @@ from anomalib_uniass.data.opening import (
     check_megapixels,
     check_single,
     frames,
+    in_turn,
     is_above_pillows_limit,
     opened,
     orientation,
@@ -129,7 +130,9 @@ def check_image(path: Path | str, *, max_megapixels: float = MAX_MEGAPIXELS) -> 
                 if image.format == "JPEG" and _has_jpeg_end(image, path):
                     turned = orientation(image, path) in (5, 6, 7, 8)
                     return ((height, width) if turned else (width, height)), None
-        height, width = read_image(path).shape[-2:]
+            size = image.size
+        with in_turn(size):
+            height, width = read_image(path).shape[-2:]
         return (width, height), None
     except ValueError as error:
         return (0, 0), str(error)

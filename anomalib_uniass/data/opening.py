@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Final
 
@@ -15,6 +16,9 @@ from anomalib_uniass.data import png
 
 MAX_MEGAPIXELS: Final = 300.0
 """Millions of pixels that an image may have unless the user says otherwise: 3.6 GB as float32 of three colours."""
+
+_LARGE: Final = 50_000_000  # pixels
+_TURN: Final = threading.Lock()
 
 
 class RefusedError(ValueError):
@@ -93,6 +97,15 @@ def check_megapixels(size: tuple[int, int], path: Path | str, limit: float) -> N
             f"{int(megapixels) + 1}`): reading it takes {12 * megapixels / 1000:.1f} GB of memory in each worker."
         )
         raise RefusedError(msg)
+
+
+def in_turn(size: tuple[int, int]) -> AbstractContextManager[object]:
+    """Return a lock under which large files are decoded one after the other, for each takes gigabytes.
+
+    Args:
+        size: Width and height.
+    """
+    return _TURN if size[0] * size[1] > _LARGE else nullcontext()
 
 
 def is_above_pillows_limit(size: tuple[int, int]) -> bool:

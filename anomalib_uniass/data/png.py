@@ -16,6 +16,7 @@ _SIGNATURE: Final = 8  # bytes
 _PIXELS: Final = (b"IDAT", b"fdAT")
 _ORIENTATION: Final = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # keywords of text chunks
 _SAMPLES: Final = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a pixel, by colour type
+_STEP: Final = 2**20  # bytes that are unpacked at a time
 _FILTERS: Final = 4  # the greatest number of a filter, which stands before each row
 
 
@@ -66,13 +67,14 @@ def is_whole(path: Path | str) -> bool:
             content = file.read(length)
             if len(content) < length or file.read(4) != struct.pack(">I", zlib.crc32(content, zlib.crc32(name))):
                 return False
-            if name == b"IDAT":
+            while content and name == b"IDAT" and count < row * height:
                 try:
-                    rows = np.frombuffer(unpacker.decompress(content), np.uint8)
+                    rows = np.frombuffer(unpacker.decompress(content, _STEP), np.uint8)
                 except zlib.error:
                     return False
                 if (rows[-count % row :: row] > _FILTERS).any():
                     return False
                 count += len(rows)
+                content = unpacker.unconsumed_tail
             ended |= name == b"IEND"
         return ended and count >= row * height
