@@ -13,8 +13,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch
 from anomalib import TaskType
-from anomalib.data import AnomalibDataModule, ImageItem
+from anomalib.data import AnomalibDataModule, ImageItem, InferenceBatch
 from anomalib.data.datasets.base import AnomalibDataset
 from anomalib.deploy import CompressionType
 from anomalib.models.components import AnomalibModule
@@ -25,6 +26,7 @@ from torchmetrics import Metric
 from anomalib_uniass.categories import row_categories
 from anomalib_uniass.files import replace_text
 from anomalib_uniass.logs import log_once
+from anomalib_uniass.thresholds.decisions import never_good
 from anomalib_uniass.thresholds.post_processor import (
     CategoryThresholdPostProcessor,
     check_decisions,
@@ -64,9 +66,19 @@ class ExportMixin(Base):
     A fixed ``input_size`` need not be the size the model works at: it is the size of the images that will come, and
     they are resized as in training. Batches of any size are taken. Beside the model lie the thresholds of all
     categories (``category_thresholds.json``), if its post-processor has some; without any thresholds the exported model
-    gives scores and maps alone, and a warning says so. An earlier export is replaced when the new one is complete.
+    gives scores and maps alone, and a warning says so. Scores and maps of an image that holds NaN or infinity are
+    infinite, and its label is defective. An earlier export is replaced when the new one is complete.
     Expects ``self.model`` of the class it is mixed into, with the frozen part under ``backbone``.
     """
+
+    def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:
+        """Predict images ``(B, 3, H, W)`` in [0, 1] as exported; one that holds NaN or infinity is never good.
+
+        Inside the network this goes unseen: OpenVINO's first ReLU makes 0 of NaN. So does the overflow of values that
+        are beyond all pixels.
+        """
+        finite = (batch.flatten(1).abs() <= torch.finfo(torch.float16).max).all(dim=1)  # no comparison holds for NaN
+        return never_good(super().forward(batch, *args, **kwargs), finite)
 
     def check_exportable(self) -> None:
         """Refuse a model that is not trained, or whose weights are not finite.

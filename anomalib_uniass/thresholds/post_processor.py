@@ -31,7 +31,7 @@ from anomalib_uniass.thresholds.calibration import (
     pixel_thresholds,
 )
 from anomalib_uniass.thresholds.checks import check_thresholds
-from anomalib_uniass.thresholds.decisions import are_finite
+from anomalib_uniass.thresholds.decisions import are_finite, or_infinite
 
 logger = logging.getLogger(__name__)
 
@@ -295,7 +295,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
         found = super().forward(predictions)
         if (finite := are_finite(predictions)) is None or found.pred_score is None:
             return found
-        score = _or_infinite(found.pred_score, finite.reshape(found.pred_score.shape))
+        score = or_infinite(found.pred_score, finite.reshape(found.pred_score.shape))
         label = None if found.pred_label is None else score > self.normalized_image_threshold
         return found._replace(pred_score=score, pred_label=label)
 
@@ -342,7 +342,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
                 pixels[row] = self.calibration["pixel"][category]
         finite = cast("Tensor", are_finite(batch))
         score = cast("Tensor", self._scale(batch.pred_score, images))
-        batch.pred_score = _or_infinite(score, finite.reshape(score.shape))
+        batch.pred_score = or_infinite(score, finite.reshape(score.shape))
         batch.anomaly_map = self._scale(batch.anomaly_map, pixels)
 
     def categories_of(self, batch: ImageBatch) -> list[str | None]:
@@ -402,7 +402,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
         total = (own + limit).clamp_min(torch.finfo(own.dtype).tiny)  # where both are zero nothing exceeds
         # The division comes last: OpenVINO drops a choice whose outcome it knows, and the name of the output with it.
         divisor = torch.where(unknown, torch.ones_like(total), total)
-        return _or_infinite(torch.where(unknown, values, own), values.isfinite(), divisor)
+        return or_infinite(torch.where(unknown, values, own), values.isfinite(), divisor)
 
 
 def check_decisions(post_processor: nn.Module | None) -> None:
@@ -468,17 +468,6 @@ def warn(message: str | None) -> None:
     """Log a warning, by one process of a distributed run; nothing if there is no message."""
     if message is not None:
         logger.warning("%s", message)
-
-
-def _or_infinite(values: Tensor, finite: Tensor, divisor: Tensor | None = None) -> Tensor:
-    """Return values, or their quotients, that are infinite where `finite` is false, in every format of exported graphs.
-
-    A division by zero instead of a choice of infinity: files in half precision have no such constant.
-    """
-    divisor = torch.ones_like(values) if divisor is None else divisor
-    return torch.where(finite, values, torch.ones_like(values)) / torch.where(
-        finite, divisor, torch.zeros_like(divisor)
-    )
 
 
 def _highest(calibration: dict[str, Any], level: str) -> str:

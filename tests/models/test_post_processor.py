@@ -518,7 +518,9 @@ class Distances(TiledModel):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 1, 3, padding=1), nn.LayerNorm(128))
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 1, 3, padding=1), nn.LayerNorm(128)
+        )
         for parameter in self.parameters():
             nn.init.constant_(parameter, 0.01)
         self.detector = paper((1, 1, 1, 1), (128, 128))
@@ -631,6 +633,23 @@ def test_exported_model_brings_the_thresholds_that_predict_applies(
             assert (score > limit) == bool(image.pred_label)
         mask = output["anomaly_map"].squeeze() > thresholds["pixel"][category_of(image)]
         assert (mask == image.pred_mask.squeeze().numpy()).mean() > 0.999
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_an_exported_model_finds_no_image_good_that_is_not_finite(precision: str, light: UniAS, exported: Path) -> None:
+    """The network, which has a ReLU in front, sees nothing of it in OpenVINO."""
+    images = np.random.default_rng(0).random((5, 3, 64, 64), np.float32)
+    for row, value in enumerate((NAN, INF, -INF, 1e38)):
+        images[row, :, :, 40] = value
+    config = {"INFERENCE_PRECISION_HINT": precision}
+    found = ov.Core().compile_model(exported, "CPU", config)(images)
+    with torch.no_grad():
+        in_torch = light(torch.from_numpy(images))
+    for output in (found, {name: np.asarray(values) for name, values in in_torch._asdict().items()}):
+        assert np.isinf(output["pred_score"]).flatten().tolist() == [True] * 4 + [False]
+        assert output["pred_label"].flatten()[:4].all()
+        assert np.isinf(output["anomaly_map"])[:4].all() and np.isfinite(output["anomaly_map"][4]).all()
+        assert output["pred_mask"][:4].all()
 
 
 @pytest.mark.parametrize("kind", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
