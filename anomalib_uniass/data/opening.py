@@ -113,6 +113,11 @@ def is_above_pillows_limit(size: tuple[int, int]) -> bool:
     return Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > Image.MAX_IMAGE_PIXELS
 
 
+def is_refused_by_pillow(size: tuple[int, int]) -> bool:
+    """Whether ``Image.open`` would refuse an image's width and height: it warns up to twice its limit."""
+    return Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > 2 * Image.MAX_IMAGE_PIXELS
+
+
 def frames(image: ImageFile.ImageFile) -> int:
     """Count the pictures; the first one of MPO, which phones write, is the photograph."""
     return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)

@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import Identity
 from anomalib_uniass.data.dataset import UnifiedDataset
 from anomalib_uniass.data.images import check_image, image_suffixes, is_misread, read_image
 from anomalib_uniass.data.listing import some_lines
+from anomalib_uniass.data.opening import is_refused_by_pillow, shown_size
 from anomalib_uniass.prediction.folder import complete_datasets
 from anomalib_uniass.prediction.names import current_datasets
 
@@ -80,6 +81,8 @@ class ImageReading(Callback):
         self._checked = []
         files = _files(trainer)
         self._misread = check_files(files)
+        anomalibs = [data for data in current_datasets(trainer) if type(data) is PredictDataset]
+        check_sizes_for_anomalib([file for data in anomalibs for file in data.image_filenames])
         self._checked = files
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,6 +139,19 @@ def check_files(files: Sequence[Path | str]) -> frozenset[str]:
     problems = [problem for _, problem in _all(check_image, files)]
     _raise_problems(problems, f"of {len(files)} images cannot be predicted", "Replace or remove these files.")
     return frozenset(str(file) for file, wrong in zip(files, _all(is_misread, files), strict=True) if wrong)
+
+
+def check_sizes_for_anomalib(files: Sequence[Path | str]) -> None:
+    """Refuse photographs that anomalib's own dataset of a folder cannot read: Pillow calls them decompression bombs.
+
+    Raises:
+        ValueError: If there are some; names up to five.
+    """
+    _raise_problems(
+        [f"{file}: above Pillow's limit" for file in files if is_refused_by_pillow(shown_size(file))],
+        f"of {len(files)} images are too large for anomalib's own reading of folders",
+        "Predict them with --data PredictFolder --data.path FOLDER, or Engine.predict(dataset=PredictFolder(FOLDER)).",
+    )
 
 
 def _difference(path: Path | str) -> str | None:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from anomalib.data import ImageItem, MVTecADDataset, MVTecLOCODataset
+from anomalib.data import ImageItem, MVTecADDataset, MVTecLOCODataset, PredictDataset
 from anomalib.data.utils import read_image as anomalib_reads
 from PIL import Image, features
 from torchvision import tv_tensors
@@ -27,6 +27,8 @@ from anomalib_uniass.data.images import check_image, image_suffixes, is_misread,
 from anomalib_uniass.data.masks import read_mask
 from anomalib_uniass.data.opening import shown_size
 from anomalib_uniass.deploy.export import calibration_images
+from anomalib_uniass.prediction.folder import PredictFolder
+from anomalib_uniass.prediction.reading import check_sizes_for_anomalib
 from tests.helpers.datasets import make_mvtec_layout
 from tests.helpers.image_files import (
     ORIENTATION,
@@ -384,6 +386,19 @@ def test_header_of_a_huge_file_is_refused_before_its_pixels_are_read(tmp_path: P
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
     _, problem = check_image(tmp_path / "bomb.png")
     assert problem is not None and "3600 megapixels (60000 x 60000), more than max_megapixels=300." in problem
+
+
+def test_what_anomalibs_own_dataset_cannot_read_is_named_before_a_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pillow(RGB)(tmp_path / "large.png")
+    check_sizes_for_anomalib([tmp_path / "large.png"])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HEIGHT * WIDTH // 2 - 1)
+    with pytest.raises(Image.DecompressionBombError):
+        PredictDataset(tmp_path)[0]
+    with pytest.raises(ValueError, match=r"(?s)1 of 1 images are too large.*large.png.*--data PredictFolder"):
+        check_sizes_for_anomalib([tmp_path / "large.png"])
+    assert torch.equal(PredictFolder(tmp_path)[0].image, read_image(tmp_path / "large.png"))
 
 
 @pytest.mark.slow
