@@ -35,6 +35,9 @@ from anomalib_uniass.thresholds.decisions import are_finite, or_infinite
 
 logger = logging.getLogger(__name__)
 
+IMAGE_FPR, PIXEL_FPR, GAMMA = 0.01, 0.001, 0.5
+"""Rates and exponent where none are asked for."""
+
 CALIBRATE = (
     "Thresholds come from good validation images: train with some of every category (not with limit_val_batches=0), or "
     "calibrate the trained model with Engine.validate and save it with engine.trainer.save_checkpoint."
@@ -105,7 +108,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
         ValueError: If a rate or `gamma` is out of range.
     """
 
-    def __init__(self, *, image_fpr: float = 0.01, pixel_fpr: float = 0.001, gamma: float = 0.5) -> None:
+    def __init__(self, *, image_fpr: float = IMAGE_FPR, pixel_fpr: float = PIXEL_FPR, gamma: float = GAMMA) -> None:
         super().__init__()
         check_number("gamma", gamma, above=0)
         self.image_fpr = check_rate("image_fpr", image_fpr)
@@ -136,7 +139,10 @@ class CategoryThresholdPostProcessor(PostProcessor):
         self.categories = []
         if (calibration := config.get("calibration")) is not None:
             check_thresholds(calibration, "calibration of the checkpoint")
+        asked = self.gamma
         super().load_checkpoint_config(config)
+        if asked not in (self.gamma, GAMMA):
+            warn(f"gamma is {self.gamma:g} as the checkpoint has it, not {asked:g} as asked for: train with that.")
 
     # --- Calibration ---
 
@@ -163,14 +169,28 @@ class CategoryThresholdPostProcessor(PostProcessor):
         """Say which categories of the test have no thresholds."""
         del pl_module
         check_decisions(self)
+        self._warn_of_other_rates()
         warn(missing_thresholds(self, self._categories_of(trainer, "test_data")))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which categories have no thresholds; those of a folder of images are not known."""
         del pl_module
         check_decisions(self)
+        self._warn_of_other_rates()
         known = getattr(trainer, "datamodule", None) is not None
         warn(missing_thresholds(self, self._categories_of(trainer, "test_data") if known else ()))
+
+    def _warn_of_other_rates(self) -> None:
+        """Say that the thresholds are of other rates than were asked for; the defaults ask for nothing."""
+        if self.calibration is None:
+            return
+        for name, default in (("image_fpr", IMAGE_FPR), ("pixel_fpr", PIXEL_FPR)):
+            asked, made = getattr(self, name), self.calibration[name]
+            if asked not in (made, default):
+                warn(
+                    f"The thresholds were made for {name}={made:g}, as the checkpoint has them, not for the {asked:g} "
+                    f"that was asked for. {CALIBRATE}"
+                )
 
     def _categories_of(self, trainer: Trainer, *subsets: str) -> list[str]:
         """Return the categories of subsets of the datamodule; a single one where it knows none."""

@@ -750,3 +750,25 @@ def test_uniad_has_thresholds_per_category_on_its_own_scale() -> None:
     post_processor = UniAD(**SMALL).post_processor
     assert isinstance(post_processor, CategoryThresholdPostProcessor)
     assert post_processor.gamma == 1
+
+
+def test_settings_that_a_checkpoint_overrides_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """The thresholds of a checkpoint hold until it is calibrated anew; settings at their defaults ask for nothing."""
+    saved = CategoryThresholdPostProcessor(gamma=1.0)
+    saved.calibration = {"image": {"bolt": 1.0}, "pixel": {"bolt": 1.0}, "image_fpr": 0.02, "pixel_fpr": 0.001}
+    saved._image_threshold.fill_(1.0)
+    saved._pixel_threshold.fill_(1.0)
+
+    def load_and_predict(**settings: float) -> str:
+        caplog.clear()
+        post_processor = CategoryThresholdPostProcessor(**settings)
+        post_processor.load_checkpoint_config(saved.checkpoint_config())
+        post_processor.load_state_dict(saved.state_dict())
+        post_processor.on_predict_start(SimpleNamespace(datamodule=None), None)  # type: ignore[arg-type]
+        return caplog.text
+
+    for quiet in ({}, {"image_fpr": 0.02}, {"gamma": 1.0}, {"gamma": 0.5}):
+        assert load_and_predict(**quiet) == ""
+    assert "made for image_fpr=0.02, as the checkpoint has them, not for the 0.05" in load_and_predict(image_fpr=0.05)
+    assert "made for pixel_fpr=0.001" in load_and_predict(pixel_fpr=0.1)
+    assert "gamma is 1 as the checkpoint has it, not 0.25" in load_and_predict(gamma=0.25)
