@@ -2,6 +2,7 @@
 """A checkpoint is all it takes: every command with the default model, without a network, and what is refused."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -23,6 +24,7 @@ from torch import nn
 
 from anomalib_uniass import BoundedPatchcore, UniAD, UniAS, Unified
 from anomalib_uniass.layers.backbone import FeaturePyramid
+from anomalib_uniass.models.checkpoint_size import say_large_checkpoints
 from anomalib_uniass.models.from_checkpoint import normal_forms
 from tests.helpers.datasets import make_mvtec_layout
 
@@ -418,3 +420,20 @@ def test_levels_of_any_size_do_where_they_are_resized() -> None:
     """UniAD takes inception, whose levels are a few pixels smaller."""
     model = UniAD("inception_v3", pre_trained=False, hidden_dim=32, feedforward_dim=32)
     assert model.eval()(torch.rand(1, 3, 224, 224)).anomaly_map.shape == (1, 1, 224, 224)
+
+
+# --- Large checkpoints -----------------------------------------------------------------------------------------------
+
+
+def test_large_checkpoints_are_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A transformer's channels make large statistics; the size is that of the file, which has no moments here."""
+    caplog.set_level("INFO")
+    small = UniAS(**NARROW)
+    say_large_checkpoints(small.model)
+    assert "takes about" not in caplog.text
+    large = UniAS(**NARROW | {"backbone": "vit_base_patch16_224", "recipe": "best"})
+    say_large_checkpoints(large.model)
+    said = re.search(r"takes about (\d+) MB, most of it in (\w+)", caplog.text)
+    moments = 2 * sum(value.nbytes for value in large.model.parameters() if value.requires_grad)
+    file = save(large, tmp_path / "large.ckpt").stat().st_size
+    assert said is not None and 1e6 * int(said[1]) == pytest.approx(file + moments, rel=0.02)

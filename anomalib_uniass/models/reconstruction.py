@@ -29,6 +29,7 @@ from anomalib_uniass.deploy.pre_processor import AntialiasedPreProcessor
 from anomalib_uniass.distribution import keep_constants_local
 from anomalib_uniass.layers.seeding import random_states, set_random_states
 from anomalib_uniass.metrics import CategoryMetricsCallback
+from anomalib_uniass.models.checkpoint_size import say_large_checkpoints
 from anomalib_uniass.models.complete_run import CompleteRunMixin
 from anomalib_uniass.models.from_checkpoint import FromCheckpointMixin, differences
 from anomalib_uniass.models.progress import ProgressLines
@@ -177,6 +178,8 @@ class ReconstructionMixin(FromCheckpointMixin, CompleteRunMixin, PredictionMixin
         """Ask whether tiles fit into the images, and say what gets lost."""
         super().on_fit_start()
         frames = self._check_sizes()
+        if self.trainer.is_global_zero:
+            say_large_checkpoints(self.model)
         if self.trainer.is_global_zero and frames:
             say_what_gets_lost(frames[-1], self.model.image_size, tile_size=self.hparams["tile_size"])
 
