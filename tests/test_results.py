@@ -2,6 +2,7 @@
 """Results of one run never cost those of another, and a full disk or a missing image costs what depends on it alone."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -284,6 +285,30 @@ def test_an_image_that_is_lost_during_the_test_costs_its_pictures(
     page = (folder / "metrics/report.html").read_text()
     assert "cap/test/square/000.png" in page.replace("test/square/000.png", "cap/test/square/000.png")
     assert page.count("<img") > 0
+
+
+def test_an_image_that_is_lost_before_it_is_read_costs_no_table_of_the_others(
+    model: UniAS,
+    datamodule: Unified,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The error names it; a table without it must not look like that of the whole test."""
+
+    class LoseTheLast(Callback):
+        def on_test_start(self, *_arguments: object) -> None:
+            Path(datamodule.test_data.samples["image_path"].iloc[6]).unlink()  # in the last of four batches
+
+    run = engine(tmp_path / "own", callbacks=[LoseTheLast()])
+    with pytest.raises(RuntimeError, match=r"Cannot read image .*cap/test/square/000\.png"):
+        run.test(model, datamodule=datamodule, verbose=False)
+    metrics = tmp_path / "own/UniAS/parts/latest/metrics"
+    assert [path.name for path in metrics.iterdir()] == ["incomplete"]
+    report = json.loads((metrics / "incomplete/per_category.json").read_text())
+    assert {name: row["n_images"] for name, row in report["categories"].items()} == {"bolt": 4, "cap": 2}
+    assert "The test ended early. The table of the first 6 images" in caplog.text
+    assert "per category" in capsys.readouterr().out
 
 
 def test_an_image_that_is_lost_during_a_prediction_has_a_row(

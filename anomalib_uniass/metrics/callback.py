@@ -20,13 +20,17 @@ from anomalib_uniass.metrics.table import format_table, write_table
 
 logger = logging.getLogger(__name__)
 
+INCOMPLETE = Path("metrics", "incomplete")
+"""Folder of the table of a test that ended early."""
+
 
 class CategoryMetricsCallback(Callback):
     """Score raw maps per category in `test`; log the means, print the table and save it.
 
     Logs `mean_pixel_AP`, `mean_DSC`, `mean_pixel_F1Max`, `mean_AUPRO`, `mean_pixel_AUROC` and `mean_image_AUROC`
     (always all of them, NaN if undefined) and writes `metrics/per_category.csv` and `.json` below
-    `trainer.default_root_dir`. Fitting, validation and prediction are left alone.
+    `trainer.default_root_dir`. Fitting, validation and prediction are left alone. The table of a test that ended early
+    lies in `metrics/incomplete`.
 
     anomalib's post-processor normalises and clamps the maps of the batch in place, so this callback must run before it
     and moves itself to the front of `trainer.callbacks` if it does not.
@@ -46,6 +50,7 @@ class CategoryMetricsCallback(Callback):
         self.table: dict[str, dict[str, float]] | None = None
         self.precision_recall: dict[str, list[tuple[float, float]]] = {}
         self._metric: CategoryMetrics | None = None
+        self._count = 0
         self._category_of_path: dict[str, str] = {}
         self._default_category = ALL
 
@@ -67,7 +72,7 @@ class CategoryMetricsCallback(Callback):
         self._default_category = default_category(datamodule)
         _warn_of_repeated_paths(datamodule, trainer.world_size)
         categories = set(self._category_of_path.values()) or {self._default_category}
-        self._metric = CategoryMetrics(sorted(categories))
+        self._metric, self._count = CategoryMetrics(sorted(categories)), 0
 
     def on_test_batch_end(
         self,
@@ -92,6 +97,7 @@ class CategoryMetricsCallback(Callback):
                 "expected pred_score or anomaly_map, and gt_label, in every test batch, got None; test on labelled data"
             )
             raise ValueError(msg)
+        self._count += len(batch.gt_label)
         self._metric.update(
             anomaly_map=_to_mask_size(anomaly_map, batch.gt_mask),
             gt_mask=batch.gt_mask,
@@ -111,7 +117,21 @@ class CategoryMetricsCallback(Callback):
         # Equal on all ranks; sync_dist only keeps Lightning from warning about it.
         pl_module.log_dict({f"mean_{key}": self.table[MEAN][key] for key in METRICS}, sync_dist=True)
         if trainer.is_global_zero:
-            self._save(trainer, type(pl_module).__name__, map_size)
+            self._save(trainer, self.table, Path("metrics"), type(pl_module).__name__, map_size)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Print and save the table of the images before the one that ended the test, if no other process has some."""
+        metric, self._metric = self._metric, None
+        if metric is None or not self._count or trainer.world_size > 1 or not isinstance(exception, Exception):
+            return
+        logger.warning("The test ended early. The table of the first %d images:", self._count)
+        map_size = metric.map_size
+        try:
+            table = metric.compute()
+        except (RuntimeError, ValueError) as error:  # perhaps what ended the test
+            logger.warning("There is none: %s", error)
+        else:
+            self._save(trainer, table, INCOMPLETE, type(pl_module).__name__, map_size)
 
     def categories_of(self, batch: Any) -> list[str]:
         """Return the category of each image of a batch of the running test.
@@ -128,21 +148,27 @@ class CategoryMetricsCallback(Callback):
             raise ValueError(msg)
         return [self._category_of_path[path] for path in paths]
 
-    def _save(self, trainer: Trainer, model: str, map_size: tuple[int, int] | None) -> None:
-        if self.table is None:
-            return
+    def _save(
+        self,
+        trainer: Trainer,
+        table: dict[str, dict[str, float]],
+        place: Path,
+        model: str,
+        map_size: tuple[int, int] | None,
+    ) -> None:
+        """Save a table in a folder of the run's, and print it."""
         datamodule = getattr(trainer, "datamodule", None)
         datamodule_name = None if datamodule is None else type(datamodule).__name__
-        directory = Path(trainer.default_root_dir) / "metrics"
+        directory = Path(trainer.default_root_dir) / place
         try:
-            paths = write_table(self.table, directory, model=model, datamodule=datamodule_name, map_size=map_size)
+            paths = write_table(table, directory, model=model, datamodule=datamodule_name, map_size=map_size)
         except OSError as error:
             logger.warning("per-category metrics could not be saved below %s: %s", directory, error)
         else:
             logger.info("per-category metrics saved to %s and %s", *paths)
         console = Console()
         try:
-            console.print(format_table(self.table, title=f"{model} per category", encoding=console.encoding))
+            console.print(format_table(table, title=f"{model} per category", encoding=console.encoding))
         except OSError as error:  # such as a log on a disk that is full
             logger.warning("per-category metrics could not be printed: %s", error)
 
