@@ -307,7 +307,7 @@ def ended(words: list[str]) -> list[str]:
     model = given.get("--model") or config.get("model", {}).get("class_path")
     data = given.get("--data") or config.get("data", {}).get("class_path")
     extra = []
-    if model:
+    if model and not (words[0] in ("test", "predict", "export") and "--ckpt_path" in given):  # CKPT is all it takes
         extra += options("model", MODELS[short(model)])
     if data and not Path(data).is_dir():
         root = given.get("--data.root") or config.get("data", {}).get("init_args", {}).get("root")
