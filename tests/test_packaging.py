@@ -113,10 +113,20 @@ ALLOWED = {
     "categories": (),
     "thresholds": ("thresholds", "arguments", "categories", "distribution"),
     "deploy": ("deploy", "categories", "layers", "thresholds", "files", "logs", "metrics", "report"),
-    "metrics": ("metrics", "categories", "files", "distribution"),
-    "report": ("report", "metrics", "thresholds", "files", "distribution"),
-    "data": ("data", "categories", "metrics", "report", "files", "logs", "arguments"),
-    "prediction": ("prediction", "categories", "data", "thresholds", "distribution", "files"),
+    "metrics": ("metrics", "categories", "files", "distribution", "text"),
+    "report": ("report", "metrics", "thresholds", "files", "distribution", "failures", "text"),
+    "data": ("data", "categories", "metrics", "report", "files", "logs", "arguments", "results", "text"),
+    "prediction": (
+        "prediction",
+        "categories",
+        "data",
+        "thresholds",
+        "distribution",
+        "files",
+        "failures",
+        "results",
+        "text",
+    ),
 }
 
 

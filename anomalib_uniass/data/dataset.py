@@ -184,5 +184,6 @@ class UnifiedDataset(AnomalibDataset):
         sample = self.samples.iloc[index]
         return RuntimeError(
             f"Cannot read image {sample.image_path} or its mask {sample.mask_path!r} (category {sample.category!r}): "
-            f"{error}"
+            f"{error}\nIt could be read when the run began. Put it back or take it out, and start again: "
+            "a training goes on from its last checkpoint (ckpt_path)."
         )

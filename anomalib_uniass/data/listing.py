@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from anomalib_uniass.data.images import image_suffixes
+from anomalib_uniass.text import one_line
 
 # What systems, archives and network drives put beside images: thumbnails and the like, often under names of images.
 _OF_SYSTEMS: Final = frozenset(
@@ -151,13 +152,13 @@ def by_ending(files: Iterable[Path], *, below: Path | None = None) -> str:
 
 def some(things: Iterable[object], *, most: int = _MOST_NAMED) -> str:
     """Name the first of many things, and count the others."""
-    texts = [str(thing) for thing in things]
+    texts = [one_line(str(thing)) for thing in things]  # a name may be no UTF-8
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more
 
 
 def some_lines(lines: Iterable[str], *, most: int = _MOST_NAMED) -> str:
     """Name the first of many things on a line each, and count the others."""
-    lines = list(lines)
+    lines = [one_line(line) for line in lines]
     more = f"\n  and {len(lines) - most} more" if len(lines) > most else ""
     return "\n".join(f"  - {line}" for line in lines[:most]) + more

@@ -78,6 +78,11 @@ def test_broken_file_is_named(dataset: UnifiedDataset) -> None:
         path.write_bytes(good[: len(good) // 2])
         with pytest.raises(RuntimeError, match=f"Cannot read image .*{path.name}.*category 'bolt'"):
             dataset[4]
+        path.unlink()
+        with pytest.raises(
+            RuntimeError, match=rf"(?s){path.name}: missing.*Put it back or take it out, and start again"
+        ):
+            dataset[4]
         path.write_bytes(good)
     dataset[4]
 

@@ -132,6 +132,7 @@ def test_some_of_many() -> None:
     assert some(range(5)) == "0, 1, 2, 3, 4"
     assert some(range(7)) == "0, 1, 2, 3, 4 and 2 more"
     assert some_lines(["a", "b", "c"], most=2) == "  - a\n  - b\n  and 1 more"
+    assert some(["caf\udce9.png"]) == "caf\\udce9.png", "a name that is not UTF-8 can be shown"
 
 
 @pytest.mark.slow
