@@ -9,23 +9,37 @@ which registers its classes.
 
 import argparse
 import sys
+from difflib import get_close_matches
 
 from anomalib.cli import cli
+from anomalib.cli.pipelines import pipeline_subcommands
 
 from anomalib_uniass import validate_export
 from anomalib_uniass.benchmark import check_entries
+
+COMMANDS = {
+    "validate-export": "Compare exported models with their checkpoint on labelled images: may they be deployed?",
+    "benchmark": "Compare models as anomalib's command does, after building every entry of the file once.",
+}
+"""Commands of this package, and what they do."""
 
 
 def main() -> None:
     """Run anomalib's command line.
 
     Raises:
-        SystemExit: If an entry of a benchmark's file cannot be built, at the end of ``validate-export``, or for
-            anomalib's reasons.
+        SystemExit: If there is no such command, if an entry of a benchmark's file cannot be built, at the end of
+            ``validate-export``, or for anomalib's reasons.
     """
-    if sys.argv[1:2] == ["validate-export"]:
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help"):
+        print(own_help())
+        sys.argv[1:2] = ["--help"]
+    elif not command.startswith("-"):
+        check_command(command)
+    if command == "validate-export":
         sys.exit(validate_export.main(sys.argv[2:]))
-    if sys.argv[1:2] == ["benchmark"]:
+    if command == "benchmark":
         parser = argparse.ArgumentParser(add_help=False)
         parser.add_argument("--config")
         config = parser.parse_known_args(sys.argv[2:])[0].config
@@ -35,6 +49,43 @@ def main() -> None:
             except (OSError, ValueError) as error:
                 sys.exit(str(error))
     cli.main()
+
+
+def own_help() -> str:
+    """Return the commands of this package, a line each; anomalib's help follows."""
+    lines = [f"  {name:<18}{words}" for name, words in COMMANDS.items()]
+    return "\n".join(
+        [
+            "anomalib-uniass: the command line of anomalib with UniAS, UniAD and datamodules that join all categories.",
+            "",
+            "Commands of its own (each with --help):",
+            *lines,
+            "",
+            "All others are anomalib's:",
+            "",
+        ]
+    )
+
+
+def check_command(command: str) -> None:
+    """Refuse a command that there is not.
+
+    Raises:
+        SystemExit: With code 2, after a line that names the commands there are.
+    """
+    anomalib = cli.AnomalibCLI
+    known = [
+        *COMMANDS,
+        "install",
+        *anomalib.anomalib_subcommands(),
+        *anomalib.subcommands(),
+        *(name for name in pipeline_subcommands() if name not in COMMANDS),
+    ]
+    if command not in known:
+        near = get_close_matches(command, known, n=1)
+        guess = f" Did you mean {near[0]}?" if near else ""
+        print(f"anomalib-uniass has no command {command!r}.{guess} It has: {', '.join(known)}.", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -39,11 +39,12 @@ from anomalib_uniass.data.sources import (
     read_with,
 )
 from anomalib_uniass.data.splits import file_names, held_out, resumed, split_state
-from anomalib_uniass.logs import log_once
+from anomalib_uniass.logs import QuietRun, install_log_filters, quiet
 from anomalib_uniass.metrics import CategoryMetricsCallback
 from anomalib_uniass.metrics.category_metrics import MEAN
 from anomalib_uniass.report.callback import ReportCallback
 from anomalib_uniass.report.comparison import ComparisonCallback
+from anomalib_uniass.report.summary import RunSummary
 from anomalib_uniass.results import run_folder
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ class Unified(AnomalibDataModule):
         cache_images: bool = False,
         max_megapixels: float = MAX_MEGAPIXELS,
     ) -> None:
-        log_once()
+        install_log_filters(self)
         check_choice("val_split_mode", val_split_mode, [mode.value for mode in ValSplitMode])
         if ValSplitMode(val_split_mode) == ValSplitMode.NONE:
             msg = (
@@ -257,8 +258,9 @@ class Unified(AnomalibDataModule):
                 in the layout of MVTec AD; nothing is downloaded then.
         """
         self._check_folders()
-        for part in self._parts().values():
-            part.prepare_data()
+        with quiet(self.source.__module__, level=logging.WARNING):  # "Found the dataset.", of every category
+            for part in self._parts().values():
+                part.prepare_data()
         if self.trainer is not None and self.trainer.is_global_zero:
             run_folder(self.trainer).open(self.trainer)
 
@@ -468,6 +470,8 @@ class Unified(AnomalibDataModule):
             if self.comparison and not any(isinstance(callback, ComparisonCallback) for callback in callbacks):
                 callbacks.insert(0, ComparisonCallback(self.comparison))
             run_folder(self.trainer)
+            if not any(isinstance(callback, RunSummary) for callback in callbacks):
+                callbacks += [QuietRun(), RunSummary()]
 
     def train_dataloader(self) -> DataLoader[object]:
         """Make the loader of the training images, and their cache if there is none for this resize.

@@ -3,6 +3,7 @@
 
 import json
 import logging
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -25,7 +26,7 @@ from torchmetrics import Metric
 
 from anomalib_uniass.categories import row_categories
 from anomalib_uniass.files import replace_text
-from anomalib_uniass.logs import log_once
+from anomalib_uniass.logs import CONVERTERS, from_here, quiet
 from anomalib_uniass.thresholds.decisions import never_good
 from anomalib_uniass.thresholds.post_processor import (
     CategoryThresholdPostProcessor,
@@ -48,6 +49,14 @@ MOST_NAMED = 5
 
 INT8 = (CompressionType.INT8, CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
 CALIBRATED = (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
+WEIGHTS = {
+    None: "float32",
+    CompressionType.FP16: "float16",
+    CompressionType.INT8: "8 bits",
+    CompressionType.INT8_PTQ: "8 bits where INT8 computes",
+    CompressionType.INT8_ACQ: "8 bits where INT8 computes",
+}
+"""Weights of an OpenVINO model by compression, in words."""
 
 _is_exporting: ContextVar[bool] = ContextVar("is_exporting", default=False)
 """Whether an export runs: OpenVINO's exports to ONNX on its way."""
@@ -99,6 +108,7 @@ class ExportMixin(Base):
         self.check_exportable()
         with complete_export(self.post_processor, export_root) as export:
             export.path = super().to_torch(export.root, model_file_name)
+        self._say_exported(export.path, "float32")
         return export.path
 
     def to_onnx(  # type: ignore[override]  # anomalib's signature, not Lightning's
@@ -118,8 +128,14 @@ class ExportMixin(Base):
         """
         self.check_exportable()
         kwargs.setdefault("opset_version", 18)
-        with complete_export(self.post_processor, export_root) as export, self.exported_network(input_size):
+        kwargs.setdefault("verbose", False)  # a line of every step
+        with (
+            complete_export(self.post_processor, export_root) as export,
+            self.exported_network(input_size),
+            quiet(*CONVERTERS),
+        ):
             export.path = super().to_onnx(export.root, model_file_name, input_size, **kwargs)
+        self._say_exported(export.path, "float32")
         return export.path
 
     def to_openvino(
@@ -166,7 +182,31 @@ class ExportMixin(Base):
             thresholds = exported_thresholds(self.post_processor)
             if thresholds is not None:
                 _set_openvino_info(export.path, THRESHOLDS, thresholds)
+        self._say_exported(export.path, WEIGHTS[compression_type])
         return export.path
+
+    def _say_exported(self, path: Path, weights: str) -> None:
+        """Print what was written and what comes next; nothing of ONNX on the way to OpenVINO.
+
+        Args:
+            path: The exported model.
+            weights: Its weights, in words.
+        """
+        if _is_exporting.get():
+            return
+        files = [path, path.with_suffix(".bin"), path.with_name(f"{path.name}.data")]
+        megabytes = sum(file.stat().st_size for file in files if file.is_file()) / 1e6
+        lines = [f"Exported:   {from_here(path)} ({megabytes:.1f} MB, weights in {weights})"]
+        thresholds = path.with_name(f"{THRESHOLDS}.json")
+        if thresholds.is_file():
+            lines.append(f"Thresholds: {from_here(thresholds)}")
+        else:
+            lines.append("Thresholds: none of categories")
+        if path.suffix != ".pt":  # what OpenVINO reads
+            of_model = "" if type(self).__name__ == "UniAS" else f" --model {type(self).__name__}"
+            command = f"anomalib-uniass validate-export CKPT {shlex.quote(from_here(path))} --data DIR{of_model}"
+            lines.append(f"Next:       {command}")
+        print("\n".join(lines))
 
     def exported_network(self, input_size: tuple[int, int] | None) -> AbstractContextManager[None]:
         """Return a context in which the network is the one to export for images of some size, None for any."""
@@ -222,7 +262,6 @@ def complete_export(post_processor: nn.Module | None, export_root: Path | str) -
         OSError: If nothing can be written there; the message names the folder.
         ValueError: If a threshold is not finite.
     """
-    log_once()
     check_decisions(post_processor)
     root = Path(export_root).resolve()
     try:
@@ -231,7 +270,7 @@ def complete_export(post_processor: nn.Module | None, export_root: Path | str) -
     except OSError as error:
         msg = f"Cannot write the exported model to {root}: {error.strerror}. Give a folder that can be written to."
         raise OSError(error.errno, msg) from error
-    with staging as folder, _decisions_need_thresholds(post_processor):
+    with staging as folder, _outermost() as is_outermost, _decisions_need_thresholds(post_processor, is_outermost):
         export = Export(Path(folder), Path(folder))
         yield export
         write_thresholds(post_processor, export.path.parent)
@@ -239,18 +278,27 @@ def complete_export(post_processor: nn.Module | None, export_root: Path | str) -
 
 
 @contextmanager
-def _decisions_need_thresholds(post_processor: nn.Module | None) -> Iterator[None]:
+def _outermost() -> Iterator[bool]:
+    """Tell whether this export is not a part of another one."""
+    is_outermost = not _is_exporting.get()
+    token = _is_exporting.set(True)
+    try:
+        yield is_outermost
+    finally:
+        _is_exporting.reset(token)
+
+
+@contextmanager
+def _decisions_need_thresholds(post_processor: nn.Module | None, is_outermost: bool) -> Iterator[None]:
     """Export no labels and masks where there are no thresholds: anomalib would compare raw values with 0.5."""
-    if _is_exporting.get() or not isinstance(post_processor, PostProcessor) or not post_processor.enable_thresholding:
+    if not is_outermost or not isinstance(post_processor, PostProcessor) or not post_processor.enable_thresholding:
         yield
         return
     warn(missing_thresholds(post_processor))
     post_processor.enable_thresholding = has_thresholds(post_processor)
-    token = _is_exporting.set(True)
     try:
         yield
     finally:
-        _is_exporting.reset(token)
         post_processor.enable_thresholding = True
 
 

@@ -165,7 +165,7 @@ class CategoryMetricsCallback(Callback):
         except OSError as error:
             logger.warning("per-category metrics could not be saved below %s: %s", directory, error)
         else:
-            logger.info("per-category metrics saved to %s and %s", *paths)
+            logger.debug("per-category metrics saved to %s and %s", *paths)
         console = Console()
         try:
             console.print(format_table(table, title=f"{model} per category", encoding=console.encoding))

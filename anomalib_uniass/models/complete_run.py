@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training leaves behind, however it ends."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
+from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
-from anomalib_uniass.logs import log_once
+from anomalib_uniass.logs import QuietRun, install_log_filters
 from anomalib_uniass.models.checkpoint_io import WholeCheckpointIO
+from anomalib_uniass.report.summary import RunSummary
 from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor, missing_thresholds, warn
 
 if TYPE_CHECKING:
@@ -38,9 +41,14 @@ class CompleteRunMixin(Base):
         """Take what a model needs of the training set and its last weights, and tell whether that changed the model."""
         return False
 
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Let the last lines of a run come from here, and the others come once."""
+        install_log_filters(self)
+        callbacks = super().configure_callbacks()
+        return [QuietRun(), *(callbacks if isinstance(callbacks, Sequence) else [callbacks]), RunSummary()]
+
     def setup(self, stage: str) -> None:
         """Make checkpoints whole or not at all, unless the user brought a writer of checkpoints."""
-        log_once()
         super().setup(stage)
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is AnomalibCheckpointIO:

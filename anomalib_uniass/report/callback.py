@@ -134,7 +134,7 @@ class ReportCallback(Callback):
         except (OSError, ValueError) as error:  # it must not cost the test
             logger.warning("The page of the test, %s, could not be written: %s", directory / "report.html", error)
         else:
-            logger.info("The test as a page: %s", directory / "report.html")
+            logger.debug("The test as a page: %s", directory / "report.html")
 
     def _find(self, test: "_Test", table: dict[str, dict[str, float]]) -> dict[str, CategoryFindings]:
         """Return what is drawn, by category."""

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A comparison of models that grows by a row with every model that is tested."""
 
+import atexit
 import inspect
+import io
 import json
 import logging
 import math
+import sys
 import time
 import zlib
 from collections import Counter
@@ -14,8 +17,13 @@ from typing import Any
 
 import pandas as pd
 from lightning.pytorch import Callback, LightningModule, Trainer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from anomalib_uniass.files import replace_text, replacing
+from anomalib_uniass.logs import from_here
 from anomalib_uniass.metrics.callback import CategoryMetricsCallback
 from anomalib_uniass.metrics.category_metrics import COUNTS, MEAN
 from anomalib_uniass.metrics.functional import METRICS
@@ -101,6 +109,34 @@ class ComparisonCallback(Callback):
             write_comparison(self.directory)
         except OSError as error:  # it must not cost the test
             logger.warning("The comparison lacks this test, or is older than it: %s", error)
+        if isinstance(sys.stdout, io.StringIO):  # anomalib's benchmark hides what its jobs print
+            atexit.unregister(print_comparison)
+            atexit.register(print_comparison, self.directory)
+
+
+def print_comparison(directory: Path | str) -> None:
+    """Print the table of a comparison, in percent, and where its page is.
+
+    The last lines of ``anomalib benchmark``, whose own table has a column for every argument of every model.
+
+    Args:
+        directory: Folder of the comparison; nothing is printed if it has no table any more.
+    """
+    directory = Path(directory).resolve()
+    if not (directory / "table.csv").is_file():
+        return
+    title, caption = f"Comparison in {from_here(directory)}", "percent; means over categories"
+    output = Table(title=title, caption=caption, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    output.add_column("model", overflow="fold")
+    for header in (*(key.replace("_", "\n") for key in METRICS), "fit\ns", "test\ns"):
+        output.add_column(header, justify="right")
+    for row in pd.read_csv(directory / "table.csv").to_dict("records"):
+        cells = [_number(row[key], ".2f", 100) for key in METRICS]
+        output.add_row(
+            escape(row["model"]), *cells, *(_number(row[f"{key}_seconds"], ".0f") for key in ("fit", "test"))
+        )
+    Console().print(output)
+    print(f"Table: {from_here(directory / 'table.csv')} (fractions)\nPage:  {from_here(directory / 'report.html')}")
 
 
 def write_comparison(directory: Path | str) -> None:
@@ -218,18 +254,19 @@ def _cells(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**texts)
 
 
+def _number(value: Any, pattern: str, factor: float = 1) -> str:
+    """Format a figure, or a dash where there is none."""
+    return "-" if pd.isna(value) else format(factor * value, pattern)
+
+
 def _markdown(table: pd.DataFrame) -> str:
     """Format the table for reading: metrics in percent, parameters in millions."""
-
-    def number(value: Any, pattern: str, factor: float = 1) -> str:
-        return "-" if pd.isna(value) else format(factor * value, pattern)
-
     header = ["model", *(key.replace("_", " ") for key in METRICS), "M parameters (trainable)", "fit s", "test s"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for row in table.to_dict("records"):
-        metrics = [number(row[key], ".2f", 100) for key in METRICS]
-        everything, trainable = (number(row[key], ".2f", 1e-6) for key in ("parameters", "trainable_parameters"))
-        seconds = [number(row[key], ".0f") for key in ("fit_seconds", "test_seconds")]
+        metrics = [_number(row[key], ".2f", 100) for key in METRICS]
+        everything, trainable = (_number(row[key], ".2f", 1e-6) for key in ("parameters", "trainable_parameters"))
+        seconds = [_number(row[key], ".0f") for key in ("fit_seconds", "test_seconds")]
         lines.append([row["model"], *metrics, f"{everything} ({trainable})", *seconds])
     settings = [f"- {row['model']}: {row['settings'] or 'defaults'}" for row in table.to_dict("records")]
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", "Settings:", "", *settings]) + "\n"

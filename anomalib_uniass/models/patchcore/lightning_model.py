@@ -17,6 +17,7 @@ from anomalib_uniass.arguments import check_flag, check_seed, check_text, check_
 from anomalib_uniass.deploy.export import ExportMixin, check_finite_weights
 from anomalib_uniass.layers.backbone import FeaturePyramid
 from anomalib_uniass.layers.token_grid import token_grid
+from anomalib_uniass.logs import install_log_filters
 from anomalib_uniass.models.complete_run import CompleteRunMixin
 from anomalib_uniass.models.from_checkpoint import FromCheckpointMixin
 from anomalib_uniass.models.patchcore.coreset import PatchSample, k_center_greedy
@@ -95,6 +96,7 @@ class BoundedPatchcore(FromCheckpointMixin, CompleteRunMixin, PredictionMixin, E
         pyramid = FeaturePyramid(backbone, pre_trained=pre_trained, weights=weights, image_size=image_size, exact=False)
         if pre_processor is True:
             pre_processor = ReconstructionMixin.configure_pre_processor(image_size, pyramid.mean, pyramid.std)
+        install_log_filters(self)
         super().__init__(
             backbone=backbone,
             layers=BANK_TAPS,  # type: ignore[arg-type]  # anomalib takes indices, its annotation does not

@@ -12,6 +12,7 @@ from torch import nn
 
 from anomalib_uniass.arguments import check_whole, parse_image_size
 from anomalib_uniass.layers.tiling import make_tiling
+from anomalib_uniass.logs import install_log_filters
 from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_arguments
 from anomalib_uniass.models.uniad.torch_model import UniADModel
 from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
@@ -104,6 +105,7 @@ class UniAD(ReconstructionMixin, AnomalibModule):
             seed=seed,
         )
         check_whole("hidden_dim", hidden_dim, at_least=1)
+        install_log_filters(self)
         super().__init__(
             # Rebuilt below, once the backbone's normalisation is known.
             pre_processor=pre_processor if isinstance(pre_processor, PreProcessor) else False,

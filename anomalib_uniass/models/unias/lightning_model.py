@@ -20,6 +20,7 @@ from anomalib_uniass import acceleration
 from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_whole, parse_image_size
 from anomalib_uniass.deploy.quantization import quantize_reconstruction
 from anomalib_uniass.layers.tiling import make_tiling
+from anomalib_uniass.logs import install_log_filters
 from anomalib_uniass.models.progress import say_progress
 from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_arguments
 from anomalib_uniass.models.unias.detector.recipes import RecipeName
@@ -153,6 +154,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         check_whole("hidden_dim", hidden_dim, at_least=1)
         check_number("loss_weight", loss_weight, above=0)
         check_flag("accelerate", accelerate)
+        install_log_filters(self)
         super().__init__(
             # Rebuilt below, once the backbone's normalisation is known.
             pre_processor=pre_processor if isinstance(pre_processor, PreProcessor) else False,
