@@ -134,7 +134,8 @@ def predict_by_tiles(model: ov.CompiledModel, pixels: np.ndarray, tile: int, str
         total[place] += weight * np.asarray(tile_map)
         weights[place] += weight
         scores.append(float(result["pred_score"]))
-    result = {"pred_score": np.max(scores), "anomaly_map": total / weights}  # NaN if one is
+    score = np.max(scores) if np.isfinite(scores).all() else np.inf
+    result = {"pred_score": score, "anomaly_map": total / weights}
     decide(result, 0.5, 0.5)
     return result
 

@@ -2,8 +2,11 @@
 """Files of every kind: the right values, or a word about what is wrong; in the datamodule, in INT8, in the example."""
 
 import importlib.util
+import json
 import re
 import struct
+import sys
+import unicodedata
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -472,6 +475,60 @@ def test_jpeg_whose_only_end_marker_is_that_of_its_thumbnail(tmp_path: Path) -> 
     assert b"\xff\xd9" in (tmp_path / "cut.jpg").read_bytes()[-4096:]
     _, problem = check_image(tmp_path / "cut.jpg")
     assert problem is not None and "cut.jpg: unreadable" in problem
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("value", [NAN, np.inf, -np.inf])
+def test_the_example_finds_nothing_good_that_is_not_finite(
+    value: float,
+    tmp_path: Path,
+    example: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Neither by the graph's label nor by a category's thresholds, nor in the tile that is not the highest."""
+    for name in ("a/x/1.png", "b/x/1.png", "b/x/1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pillow(RGB)(tmp_path / name)
+    (tmp_path / "category_thresholds.json").write_text(json.dumps({"image": {"Größe": 0.4}, "pixel": {"Größe": 0.4}}))
+    scores = iter([0.1, value, 0.2, 0.1, value, 0.2])
+
+    def predict(*_: object) -> dict[str, Any]:
+        maps = np.full((4, 4), 0.1, np.float32)
+        return {"pred_score": next(scores), "pred_label": False, "anomaly_map": maps, "pred_mask": maps > 0.5}
+
+    monkeypatch.setattr(example, "load", lambda *_: None)
+    monkeypatch.setattr(example, "predict", predict)
+    images = [str(tmp_path / name) for name in ("a/x/1.png", "b/x/1.png", "b/x/1.jpg")]
+    for category in ([], ["--category", unicodedata.normalize("NFD", "GRÖSSE ")]):
+        arguments = [str(tmp_path / "model.xml"), *images, *category, "--out", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["example", *arguments])
+        with pytest.raises(SystemExit, match="Score or map of 1 images is NaN or infinite"):
+            example.main()
+        decisions = [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()]
+        assert decisions == ["good", "NOT FINITE", "good"]
+    assert len(list((tmp_path / "out").glob("*_mask.png"))) == len(list((tmp_path / "out").glob("*_heatmap.png"))) == 3
+    scores = iter([value, *[0.9] * 99])
+    found = example.predict_by_tiles(None, np.zeros((8, 12, 3), np.float32), 8, 4)
+    assert found["pred_label"] and np.isinf(found["pred_score"])
+
+
+@pytest.mark.parametrize("threshold", [NAN, np.inf, None, "0.5", True, -1])
+@pytest.mark.parametrize("level", ["image", "pixel"])
+def test_the_example_names_a_broken_threshold(
+    level: str, threshold: object, tmp_path: Path, example: ModuleType
+) -> None:
+    file = tmp_path / "category_thresholds.json"
+    content = {"image": {"bolt": 0.4}, "pixel": {"bolt": 0.4}}
+    file.write_text(json.dumps(content | {level: {"bolt": threshold}}))
+    with pytest.raises(SystemExit, match=rf"{file}: the {level} threshold of 'bolt' must be a finite number"):
+        example.thresholds_for("bolt", file)
+    for broken in ("{", "[]", '{"image": {"bolt": 1}}', '{"image": 1, "pixel": 2}'):
+        file.write_text(broken)
+        with pytest.raises(SystemExit, match=r"category_thresholds\.json has no thresholds of categories"):
+            example.thresholds_for("bolt", file)
 
 
 def test_lossy_formats(tmp_path: Path, example: ModuleType) -> None:
