@@ -399,7 +399,8 @@ def upper_left_quarter(image: torch.Tensor) -> InferenceBatch:
 def quarter_model(**arguments: Any) -> UniAS:
     model = UniAS(**SMALL, **arguments, visualizer=False)
     model.model.forward = upper_left_quarter
-    model.post_processor.calibration = {"image": {"all": 0.5}, "pixel": {"all": 0.5}}
+    rates = {"image_fpr": 0.01, "pixel_fpr": 0.001}
+    model.post_processor.calibration = {"image": {"all": 0.5}, "pixel": {"all": 0.5}} | rates
     model.post_processor._image_threshold.fill_(0.5)
     model.post_processor._pixel_threshold.fill_(0.5)
     return model
