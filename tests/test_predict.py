@@ -471,7 +471,9 @@ def test_the_table_says_whose_threshold_decided(tmp_path: Path, caplog: pytest.L
         (tmp_path / "images" / folder).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (64, 64), "gray").save(tmp_path / "images" / folder / "1.png")
     model = quarter_model()
-    model.post_processor.calibration = {level: {"bolt": 0.1, "cap": 0.5, "Größe": 0.2} for level in ("image", "pixel")}
+    model.post_processor.calibration = {
+        level: {"bolt": 0.1, "cap": 0.5, "Größe": 0.2} for level in ("image", "pixel")
+    } | {"image_fpr": 0.01, "pixel_fpr": 0.001}
     run = engine(tmp_path / "run")
     with caplog.at_level(logging.WARNING):
         run.predict(model, data_path=tmp_path / "images")
