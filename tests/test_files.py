@@ -5,14 +5,21 @@ import errno
 import io
 import json
 import math
-from collections.abc import Callable
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from anomalib.engine import Engine
 from matplotlib.figure import Figure
 
+from anomalib_uniass import UniAS, Unified
 from anomalib_uniass.deploy.export import write_thresholds
 from anomalib_uniass.files import replace_text, replacing
 from anomalib_uniass.metrics import write_table
@@ -20,6 +27,7 @@ from anomalib_uniass.metrics.category_metrics import COUNTS
 from anomalib_uniass.metrics.functional import METRICS
 from anomalib_uniass.report.comparison import ComparisonCallback, write_comparison
 from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
+from tests.helpers.datasets import make_mvtec_layout
 from tests.helpers.sample_data import write_small_sample
 
 DISK_FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -179,3 +187,80 @@ def test_broken_figures_of_a_model_are_named(tmp_path: Path) -> None:
     (tmp_path / "models" / "N.json").write_text('{"model": ')
     with pytest.raises(ValueError, match=r"N\.json holds no figures of a model .*delete it"):
         write_comparison(tmp_path)
+
+
+# --- Drafts of killed writers ----------------------------------------------------------------------------------------
+
+
+def stay_in_the_middle(path: Path, is_writing: Any) -> None:
+    with replacing(path) as draft:
+        draft.write_text("half")
+        is_writing.set()
+        time.sleep(600)
+
+
+@contextmanager
+def writer_of(path: Path) -> Iterator[Any]:
+    """Start a process that stays in the middle of writing a file."""
+    context = multiprocessing.get_context("fork")
+    is_writing = context.Event()
+    writer = context.Process(target=stay_in_the_middle, args=(path, is_writing))
+    writer.start()
+    try:
+        assert is_writing.wait(timeout=60)
+        yield writer
+    finally:
+        writer.kill()
+        writer.join()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no fork")
+def test_the_next_write_removes_the_draft_of_a_killed_writer_and_of_no_living_one(tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    with writer_of(path) as killed:
+        killed.kill()
+    assert len(list(tmp_path.iterdir())) == 1, "the killed writer should have left its draft"
+    with writer_of(path):
+        (living,) = tmp_path.iterdir()
+        replace_text(path, "whole")
+        assert sorted(tmp_path.iterdir()) == sorted([path, living])
+        assert (living / "model.ckpt").read_text() == "half"
+    replace_text(path, "again")
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "again"
+
+
+def test_what_only_looks_like_a_draft_stays(tmp_path: Path) -> None:
+    """Folders of the user's, drafts of other files, and fresh ones without a lock."""
+    theirs = tmp_path / ".model.ckpt-abcd1234"
+    other = tmp_path / ".last.ckpt-abcd1234"
+    fresh = tmp_path / ".model.ckpt-efgh5678"
+    for folder, name in ((theirs, "notes.txt"), (other, "last.ckpt"), (fresh, "model.ckpt")):
+        folder.mkdir()
+        (folder / name).touch()
+    for folder in (theirs, other):
+        os.utime(folder, (0, 0))
+    replace_text(tmp_path / "model.ckpt", "whole")
+    assert all(folder.exists() for folder in (theirs, other, fresh))
+    os.utime(fresh, (0, 0))  # one of version 0.2
+    replace_text(tmp_path / "model.ckpt", "whole")
+    assert theirs.exists() and other.exists() and not fresh.exists()
+
+
+def test_a_run_removes_what_killed_runs_before_left(tmp_path: Path) -> None:
+    root = make_mvtec_layout(tmp_path / "parts", ["bolt"], train=3, good=1, defective=1)
+    left = [
+        tmp_path / "results" / "UniAS" / "parts" / run / folder / f".{name}-abcd1234"
+        for run in ("v0", "v7")
+        for folder, name in (("weights/lightning", "model.ckpt"), ("metrics", "per_category.csv"), ("", "page.html"))
+    ]
+    for draft in left:
+        draft.mkdir(parents=True)
+        (draft / draft.name[1:-9]).touch()
+        os.utime(draft, (0, 0))
+    (tmp_path / "results" / "UniAS" / "parts" / "latest").symlink_to("v7")
+    small = {"backbone": "resnet18", "pre_trained": False, "image_size": (128, 128), "hidden_dim": 32}
+    model = UniAS(**small, feedforward_dim=32, visualizer=False)
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "max_epochs": 1, "limit_val_batches": 0}
+    Engine(default_root_dir=tmp_path / "results", **quiet).fit(model, datamodule=Unified(root=root, num_workers=0))
+    assert not any(draft.exists() for draft in left)
