@@ -32,8 +32,10 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from timm.layers.conv2d_same import Conv2dSame
 from timm.models.efficientnet import EfficientNetFeatures
 from torch import nn
@@ -88,6 +90,9 @@ PRIVATE = {
     "_last_global_step_saved": Internal(lambda: ModelCheckpoint()._last_global_step_saved, int),
     # Lightning: the folder of a trainer, which can be given to its constructor alone
     "_default_root_dir": Internal(lambda: trainer()._default_root_dir, str),
+    # Lightning: what is averaged, and how
+    "_use_buffers": Internal(lambda: WeightAveraging()._use_buffers, bool),
+    "_kwargs": Internal(lambda: WeightAveraging()._kwargs, dict),
     # timm: the stages behind the taps
     "_stage_out_idx": Internal(lambda: pyramid()._stage_out_idx, dict),
     # torch: a module's move to another device or precision, and what a distributed one need not send
@@ -137,6 +142,15 @@ UNDOCUMENTED = {
     "is_last_batch": Internal(lambda: trainer().is_last_batch, bool),
     "enable_validation": Internal(lambda: trainer().enable_validation, bool),
     "checkpoint_callbacks": Internal(lambda: trainer().checkpoint_callbacks, list),
+    "epoch_progress": Internal(lambda: trainer().fit_loop.epoch_progress.current.completed, int),
+    "epoch_loop.max_steps": Internal(lambda: trainer().fit_loop.epoch_loop.max_steps, int),
+    "val_loop.restarting": Internal(lambda: trainer().fit_loop.epoch_loop.val_loop.restarting, bool),
+    "received_sigterm": Internal(lambda: trainer().received_sigterm, bool),
+    "SIGTERMException": Internal(lambda: SIGTERMException().code, type(None)),
+    "configuration of a command": Internal(
+        lambda: SaveConfigCallback, "parser, config, config_filename, overwrite, multifile, save_to_log_dir"
+    ),
+    "strategy.reduce_boolean_decision": Internal(lambda: trainer().strategy.reduce_boolean_decision, "decision, all"),
     "strategy.checkpoint_io": Internal(lambda: trainer().strategy.checkpoint_io, CheckpointIO),
     "predict_loop.return_predictions": Internal(lambda: trainer().predict_loop.return_predictions, bool),
     "strategy.broadcast": Internal(lambda: trainer().strategy.broadcast, "obj, src"),

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from anomalib_uniass.acceleration.constants import Folded
 from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_seed, check_text, check_whole
 from anomalib_uniass.data.defect_sizes import check_sizes, say_what_gets_lost
 from anomalib_uniass.deploy.export import ExportMixin
@@ -29,8 +30,10 @@ from anomalib_uniass.deploy.pre_processor import AntialiasedPreProcessor
 from anomalib_uniass.distribution import keep_constants_local
 from anomalib_uniass.layers.seeding import random_states, set_random_states
 from anomalib_uniass.metrics import CategoryMetricsCallback
+from anomalib_uniass.models.callback_checks import check_callbacks
 from anomalib_uniass.models.checkpoint_size import say_large_checkpoints
 from anomalib_uniass.models.complete_run import CompleteRunMixin
+from anomalib_uniass.models.divergence import LossWatch, check_finite, diverged
 from anomalib_uniass.models.from_checkpoint import FromCheckpointMixin, differences
 from anomalib_uniass.models.progress import ProgressLines
 from anomalib_uniass.models.tiled import TiledMixin
@@ -105,9 +108,8 @@ class ReconstructionMixin(FromCheckpointMixin, CompleteRunMixin, PredictionMixin
         """
         self._go_on_with_random_numbers()  # before the first batch is drawn
         self._check_optimization_of_checkpoint()
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            trainable, lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"]
+            self._trainable(), lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"]
         )
         if self.hparams["lr_schedule"] == "step":
             step = StepLR(optimizer, step_size=self.hparams["lr_step_epochs"], gamma=0.1)
@@ -116,6 +118,9 @@ class ReconstructionMixin(FromCheckpointMixin, CompleteRunMixin, PredictionMixin
             optimizer, max_lr=self.hparams["learning_rate"], total_steps=self._one_cycle_steps(), pct_start=0.1
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": one_cycle, "interval": "step"}}
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def _check_optimization_of_checkpoint(self) -> None:
         """Refuse what the checkpoint's optimizer would override without a word."""
@@ -155,7 +160,7 @@ class ReconstructionMixin(FromCheckpointMixin, CompleteRunMixin, PredictionMixin
         """Refuse precisions that have weights of another type than the images; spare a distributed run the constants.
 
         Raises:
-            ValueError: If the trainer's precision is not one of `PRECISIONS`.
+            ValueError: If the trainer's precision is not one of `PRECISIONS`, or it has a callback that cannot work.
         """
         super().setup(stage)
         self.follow_tiler()
@@ -166,7 +171,14 @@ class ReconstructionMixin(FromCheckpointMixin, CompleteRunMixin, PredictionMixin
                 "--trainer.precision bf16-mixed (precision of Engine)."
             )
             raise ValueError(msg)
+        if stage == "fit":
+            check_callbacks(
+                self.trainer.callbacks,  # type: ignore[attr-defined]
+                accelerated=any(isinstance(module, Folded) for module in self.model.modules()),
+                has_statistics=self.has_statistics(),
+            )
         self._resumed = {} if stage == "fit" else None  # not what an earlier training went on from
+        self._losses = LossWatch()
         self._keep_constants_local()
 
     def _keep_constants_local(self) -> None:
@@ -182,12 +194,6 @@ class ReconstructionMixin(FromCheckpointMixin, CompleteRunMixin, PredictionMixin
             say_large_checkpoints(self.model)
         if self.trainer.is_global_zero and frames:
             say_what_gets_lost(frames[-1], self.model.image_size, tile_size=self.hparams["tile_size"])
-
-    def on_validation_start(self) -> None:
-        """Ask whether tiles fit into the images."""
-        super().on_validation_start()
-        if self.trainer.state.fn == TrainerFn.VALIDATING:
-            self._check_sizes()
 
     def on_test_start(self) -> None:
         """Ask whether tiles fit into the images."""
@@ -215,6 +221,31 @@ class ReconstructionMixin(FromCheckpointMixin, CompleteRunMixin, PredictionMixin
         """Go on with the random numbers where the next epoch draws its order anew."""
         if not self.trainer.fit_loop.is_resuming:
             self._go_on_with_random_numbers()
+
+    def on_validation_start(self) -> None:
+        """Validate, and take statistics of, finite weights alone in a training; else ask whether tiles fit.
+
+        Raises:
+            FloatingPointError: If the losses or the weights of a training are not finite.
+        """
+        self._check_divergence()
+        super().on_validation_start()
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self._check_sizes()
+
+    def on_train_epoch_end(self) -> None:
+        """End an epoch of finite weights alone.
+
+        Raises:
+            FloatingPointError: If the losses or the weights are not finite.
+        """
+        self._check_divergence()
+        super().on_train_epoch_end()
+
+    def _check_divergence(self) -> None:
+        if self.is_under_way:
+            self._losses.check(self.trainer)
+            check_finite(self._trainable(), self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Forget the random numbers: this training draws its own from here on."""
@@ -316,10 +347,16 @@ class ReconstructionMixin(FromCheckpointMixin, CompleteRunMixin, PredictionMixin
             raise ValueError(msg)
 
     def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Reconstruct a batch of good images ``(B, 3, H, W)`` and return the loss."""
+        """Reconstruct a batch of good images ``(B, 3, H, W)`` and return the loss.
+
+        Raises:
+            FloatingPointError: If a loss is not finite.
+        """
         del args, kwargs  # the trainer's batch index is not needed
         image = self.model.tiles_to_learn(cast("Tensor", batch.image))
         loss = self.loss(*self.model.reconstruct(image))
+        if self.is_under_way:  # a search for a learning rate knows how to go too far
+            self._losses.look(loss, self.trainer)
         self.log("train_loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=len(image))
         return {"loss": loss}
 
@@ -341,8 +378,14 @@ class ReconstructionMixin(FromCheckpointMixin, CompleteRunMixin, PredictionMixin
         return batch.update(**found._asdict())
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean loss of the good validation images, if there are any, for callbacks to watch."""
+        """Log the mean loss of the good validation images, if there are any, for callbacks to watch.
+
+        Raises:
+            FloatingPointError: If it is not finite in a training.
+        """
         total, count = self.trainer.strategy.reduce(self._validation_loss.to(self.device), reduce_op="sum").tolist()
+        if count and not math.isfinite(total) and self.is_under_way:
+            raise FloatingPointError(diverged(f"The validation loss is {total}", self.trainer))
         if count:
             self.log("val_loss", total / count, prog_bar=True, sync_dist=True)
 
@@ -376,7 +419,13 @@ class ReconstructionMixin(FromCheckpointMixin, CompleteRunMixin, PredictionMixin
             }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the states of the random generators, to go on as if the run had not stopped."""
+        """Keep the states of the random generators, to go on as if the run had not stopped.
+
+        Raises:
+            FloatingPointError: If weights are not finite: they are not to replace good ones.
+        """
+        if self.is_under_way:
+            check_finite(self._trainable(), self.trainer)
         super().on_save_checkpoint(checkpoint)
         checkpoint["random_states"] = random_states(self.device)
 

@@ -46,7 +46,7 @@ class BoundedPatchcore(FromCheckpointMixin, CompleteRunMixin, PredictionMixin, E
         coreset_size: Size of the memory bank; fewer if there are fewer patches. Choosing it takes this many passes over
             the kept patches (about 20 ms each with the defaults on one CPU core).
         num_neighbors: Neighbours in the bank that weight the image score.
-        seed: Seed of the random sample.
+        seed: Seed of the random sample and of the order of the images.
         pre_processor: Pre-processor, or True for resize and normalisation with the backbone's statistics.
         post_processor: Post-processor, or True for anomalib's.
         evaluator: Evaluator, or True for anomalib's.

@@ -40,7 +40,9 @@ class UniAD(ReconstructionMixin, AnomalibModule):
             whole run, for short trainings.
         lr_step_epochs: Epochs between the steps of ``step``.
         max_epochs: Length of the training. A value given here overrides the trainer's; None leaves it to the trainer.
-        seed: Seed of the initial weights.
+        seed: Seed of the initial weights and of all that a training draws: order, augmentation, tiles, jitter, dropout.
+            The same command on the same machine then gives the same weights. Afterwards torch's, NumPy's and Python's
+            generators are as they were before the training. None draws from them.
         pre_processor: Pre-processor, or True for resize and normalisation with the backbone's statistics.
         post_processor: Post-processor, or True for thresholds per category at a false-positive rate of 1 % of the
             good images and 0.1 % of their pixels

@@ -73,7 +73,9 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         max_epochs: Length of the training. A value given here overrides the trainer's; None leaves it to the trainer.
         accelerate: Compute with exact rewrites of the paper's modules, twice as fast and in half of the memory
             (:mod:`anomalib_uniass.acceleration`).
-        seed: Seed of the initial weights.
+        seed: Seed of the initial weights and of all that a training draws: order, augmentation, tiles, jitter, dropout.
+            The same command on the same machine then gives the same weights. Afterwards torch's, NumPy's and Python's
+            generators are as they were before the training. None draws from them.
         pre_processor: Pre-processor, or True for resize and normalisation with the backbone's statistics.
         post_processor: Post-processor, or True for thresholds per category at a false-positive rate of 1 % of the
             good images and 0.1 % of their pixels
@@ -193,7 +195,7 @@ class UniAS(ReconstructionMixin, AnomalibModule):
             TypeError: If the end of the training takes images by number and the training set has none.
         """
         super().on_fit_start()
-        if self.model.detector.parts_to_fit():
+        if self.has_statistics():
             self.indexed_training_loader()  # at the end it is too late to find out
         standardization = self.model.standardization
         if standardization is not None and not standardization.fitted:
@@ -211,6 +213,10 @@ class UniAS(ReconstructionMixin, AnomalibModule):
         """A training that goes on brings a fitted detector."""
         super().on_train_start()
         self._detector_is_of_old_weights = True
+
+    def has_statistics(self) -> bool:
+        """Tell whether the detector has parts to fit."""
+        return bool(self.model.detector.parts_to_fit())
 
     @torch.no_grad()
     def take_statistics(self) -> bool:

@@ -3,6 +3,7 @@
 
 import torch
 from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from anomalib_uniass.distribution import of_all_processes
@@ -55,7 +56,8 @@ class Clusters(nn.Module, Fitted):
         scale = descriptors.std(dim=0, correction=0).clamp_min(1e-6)
         descriptors = descriptors / scale
         count = min(len(self.centers), len(descriptors.unique(dim=0)))
-        found = KMeans(n_clusters=count, n_init=4, random_state=0).fit(descriptors.numpy()).cluster_centers_
+        with threadpool_limits(1, user_api="openmp"):  # several add up in any order, and round otherwise every time
+            found = KMeans(n_clusters=count, n_init=4, random_state=0).fit(descriptors.numpy()).cluster_centers_
         self.scale.copy_(scale)
         self.centers.copy_(torch.from_numpy(found[:1]))  # of too few images: copies, which argmin passes over
         self.centers[:count] = torch.from_numpy(found).to(self.centers)

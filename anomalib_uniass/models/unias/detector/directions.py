@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -102,5 +103,6 @@ def _directions(units: Tensor) -> Tensor:
     if len(units) <= DIRECTIONS:
         return units[torch.arange(DIRECTIONS) % len(units)]
     starts = units[torch.linspace(0, len(units) - 1, DIRECTIONS).round().long()]
-    means = KMeans(DIRECTIONS, init=starts.numpy(), n_init=1, max_iter=ITERATIONS).fit(units.numpy())
+    with threadpool_limits(1, user_api="openmp"):  # several add up in any order, and round otherwise every time
+        means = KMeans(DIRECTIONS, init=starts.numpy(), n_init=1, max_iter=ITERATIONS).fit(units.numpy())
     return F.normalize(torch.from_numpy(means.cluster_centers_), dim=1)
