@@ -93,7 +93,8 @@ class QuietRun(Callback):
 
     def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
         remove_log_filters(pl_module)
-        remove_log_filters(getattr(trainer, "datamodule", None))
+        if (datamodule := getattr(trainer, "datamodule", None)) is not None:
+            remove_log_filters(datamodule)
         for message in EXPECTED:
             added: Any = ("ignore", re.compile(message, re.IGNORECASE), Warning, None, 0)
             if added in warnings.filters:

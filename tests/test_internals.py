@@ -31,7 +31,7 @@ from anomalib.models import Patchcore
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, AUTOLOAD = ROOT / "anomalib_uniass", ROOT / "autoload"
 AUTOLOAD_MODULE = "_anomalib_uniass_autoload"
 BY_NAME = {"getattr", "hasattr", "setattr", "delattr", "get_buffer"}
-BY_METACLASS = {"_abc_impl", "_backward_cls"}
+BY_METACLASS = {"_abc_impl", "_backward_cls", "_is_protocol", "_is_runtime_protocol"}
 NAMED_TUPLE = {"_asdict", "_fields", "_make", "_replace"}  # documented by Python
 
 
@@ -95,8 +95,17 @@ PRIVATE = {
     "_kwargs": Internal(lambda: WeightAveraging()._kwargs, dict),
     # timm: the stages behind the taps
     "_stage_out_idx": Internal(lambda: pyramid()._stage_out_idx, dict),
-    # torch: a module's move to another device or precision, and what a distributed one need not send
+    # Lightning: the trainer of a model, which may have none yet
+    "_trainer": Internal(lambda: LightningModule()._trainer, type(None)),
+    # torch: a module's move to another device or precision, its state, and what a distributed one need not send
     "_apply": Internal(lambda: nn.Module._apply, "self, fn, recurse"),
+    "_buffers": Internal(lambda: nn.Module()._buffers, dict),
+    "_non_persistent_buffers_set": Internal(lambda: nn.Module()._non_persistent_buffers_set, set),
+    "_save_to_state_dict": Internal(lambda: nn.Module._save_to_state_dict, "self, destination, prefix, keep_vars"),
+    "_load_from_state_dict": Internal(
+        lambda: nn.Module._load_from_state_dict,
+        "self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs",
+    ),
     "_set_params_and_buffers_to_ignore_for_model": Internal(
         lambda: nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model,
         "module, params_and_buffers_to_ignore",

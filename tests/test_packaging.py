@@ -114,7 +114,7 @@ ALLOWED = {
     "thresholds": ("thresholds", "arguments", "categories", "distribution"),
     "deploy": ("deploy", "categories", "layers", "thresholds", "files", "logs", "metrics", "report"),
     "metrics": ("metrics", "categories", "files", "distribution", "text"),
-    "report": ("report", "metrics", "thresholds", "files", "distribution", "failures", "text"),
+    "report": ("report", "metrics", "thresholds", "files", "logs", "distribution", "failures", "text"),
     "data": ("data", "categories", "metrics", "report", "files", "logs", "arguments", "results", "text"),
     "prediction": (
         "prediction",
