@@ -205,7 +205,9 @@ def test_what_holds_another_network_already_is_named(folder: Path, tmp_path: Pat
         ValueError, match=r"EMAWeightAveraging has taken .*Set the checkpoint's arguments .*hidden_dim: 32"
     ):
         run.fit(
-            UniAS(), datamodule=Unified(root=folder / "parts", num_workers=0), ckpt_path=save_trained(folder, tmp_path)
+            UniAS(accelerate=False),  # accelerated modules are refused beside it in any case
+            datamodule=Unified(root=folder / "parts", num_workers=0),
+            ckpt_path=save_trained(folder, tmp_path),
         )
 
 
