@@ -211,7 +211,6 @@ def test_shipped_entries_can_be_made_and_train_as_the_configuration_of_unias_alo
     benchmark = shipped(name)["benchmark"]
     models = []
     for entry in benchmark["model"]["grid"]:
-        entry["init_args"] = entry["init_args"].replace(START, START + "pre_trained: false, ")
         models.append(get_model(entry))
         assert models[-1].evaluator is models[-1].visualizer is None
         # A checkpoint must load with weights_only: no types of OmegaConf.

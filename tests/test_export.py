@@ -387,8 +387,8 @@ def test_example_equals_engine_predict(
         assert path == str(file)
         assert float(score) == pytest.approx(float(expected.pred_score), abs=1e-4)
         assert decision == ("DEFECT" if expected.pred_label else "good")
-        mask = Image.open(next((tmp_path / "out").glob(f"*{file.stem}_mask.png")))
-        heatmap = Image.open(next((tmp_path / "out").glob(f"*{file.stem}_heatmap.png")))
+        mask = Image.open(next((tmp_path / "out").glob(f"*{file.stem}_*_mask.png")))
+        heatmap = Image.open(next((tmp_path / "out").glob(f"*{file.stem}_*_heatmap.png")))
         assert mask.size == heatmap.size == Image.open(file).size
         wanted = Image.fromarray(expected.pred_mask.numpy().squeeze().astype(np.uint8) * 255)
         np.testing.assert_array_equal(mask, wanted.resize(mask.size, Image.Resampling.NEAREST))
@@ -407,7 +407,8 @@ def test_example_decides_as_engine_predict_for_a_category(
         assert result.returncode == 0, result.stderr
         for line, (path, batch) in zip(result.stdout.splitlines(), expected.items(), strict=True):
             assert line.endswith("DEFECT" if batch.pred_label else "good")
-            mask = Image.open(tmp_path / category / f"test_{path.parent.name}_{path.stem}_mask.png")
+            (picture,) = (tmp_path / category).glob(f"test_{path.parent.name}_{path.stem}_*_mask.png")
+            mask = Image.open(picture)
             wanted = Image.fromarray(batch.pred_mask.numpy().squeeze().astype(np.uint8) * 255)
             differing = np.asarray(mask) != np.asarray(wanted.resize(mask.size, Image.Resampling.NEAREST))
             assert differing.mean() < 1e-3  # pixels within rounding of the threshold
@@ -430,7 +431,7 @@ def test_example_reads_16_bits_and_refuses_by_name(export: Callable[[str], Path]
     assert result.returncode == 0, result.stderr
     shallow, deep = (float(line.split()[2]) for line in result.stdout.splitlines())
     assert deep == pytest.approx(shallow, abs=2e-6)
-    heatmaps = [np.asarray(Image.open(next((tmp_path / "out").glob(f"*_{n}_heatmap.png")))) for n in (8, 16)]
+    heatmaps = [np.asarray(Image.open(next((tmp_path / "out").glob(f"*_{n}_*_heatmap.png")))) for n in (8, 16)]
     assert np.abs(heatmaps[0].astype(int) - heatmaps[1]).max() <= 1 and heatmaps[0].std() > 5
     Image.fromarray(grey.astype(np.uint16) * 16).save(tmp_path / "12.png")
     result = run_example(export("float32"), tmp_path / "12.png")

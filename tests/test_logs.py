@@ -5,6 +5,7 @@ import gc
 import io
 import logging
 from collections.abc import Iterator
+from weakref import WeakSet
 
 import pytest
 from lightning.pytorch.utilities import rank_zero_info
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_module
 from rich.console import Console
 from rich.logging import RichHandler
 
+from anomalib_uniass import logs
 from anomalib_uniass.logs import install_log_filters, quiet, remove_log_filters
 
 
@@ -20,8 +22,9 @@ class Run:
 
 
 @pytest.fixture
-def root() -> Iterator[logging.Logger]:
-    """Take away the handlers of the root for a while."""
+def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[logging.Logger]:
+    """Take away the handlers of the root for a while, and what other tests have left running."""
+    monkeypatch.setattr(logs, "_runs", WeakSet())
     logger = logging.getLogger()
     handlers, level = logger.handlers[:], logger.level
     logger.handlers = []

@@ -203,7 +203,7 @@ def test_calibration_of_what_the_graph_takes(height: int, expected: tuple[int, .
         np.testing.assert_array_equal(image, again)  # the same tiles in every export
 
 
-@pytest.mark.parametrize("model", [UniAS, pytest.param(UniAD, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", [pytest.param(UniAS, marks=pytest.mark.slow), UniAD])
 def test_exported_photographs(model: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All tiles of a photograph in one graph, for any batch; a single tile for any size."""
     root = make_mvtec_layout(tmp_path / "parts", ["bolt"], (150, 211))
