@@ -14,12 +14,12 @@ import pandas as pd
 from anomalib.data.utils import LabelName
 
 from anomalib_uniass.data.images import check_image
+from anomalib_uniass.data.listing import some_lines
 from anomalib_uniass.data.masks import examine_mask
 from anomalib_uniass.data.opening import MAX_MEGAPIXELS, in_turn
 
 logger = logging.getLogger(__name__)
 
-_MOST_NAMED: Final = 5
 _MANY: Final = 1000
 """Images whose check takes so long that it is said."""
 
@@ -82,7 +82,7 @@ def check_samples(samples: pd.DataFrame, *, needs_masks: bool, max_megapixels: f
     problems = [finding.problem for finding in findings if finding.problem]
     if problems:
         msg = (
-            f"{len(problems)} of {len(samples)} images cannot be used:\n{_some(problems)}\n"
+            f"{len(problems)} of {len(samples)} images cannot be used:\n{some_lines(problems)}\n"
             "Replace these files, or remove each image together with its mask."
         )
         raise ValueError(msg)
@@ -111,13 +111,7 @@ def check_samples(samples: pd.DataFrame, *, needs_masks: bool, max_megapixels: f
 def _warn(lines: list[str], what: str, advice: str) -> None:
     """Log a warning that names the first lines, if there are any."""
     if lines:
-        logger.warning("%d %s:\n%s\n%s", len(lines), what, _some(lines), advice)
-
-
-def _some(lines: list[str]) -> str:
-    """List the first lines and count the others."""
-    more = f"\n  and {len(lines) - _MOST_NAMED} more" if len(lines) > _MOST_NAMED else ""
-    return "\n".join(f"  - {line}" for line in lines[:_MOST_NAMED]) + more
+        logger.warning("%d %s:\n%s\n%s", len(lines), what, some_lines(lines), advice)
 
 
 def _mask_paths(row: object) -> list[str] | None:

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from anomalib_uniass.distribution import of_all_processes
+from anomalib_uniass.distribution import is_distributed, of_all_processes
 from anomalib_uniass.metrics.compact import CompactMap, compress, rank_compact
 from anomalib_uniass.metrics.functional import METRICS, PIXEL_METRICS, check_finite, image_metrics, rank_pixels
 
@@ -258,8 +258,7 @@ def _cpu_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _image_keys(names: Sequence[str]) -> Tensor:
     """Return ``(B, 3)`` int64: 128 bits of a hash of each name, 0 for an empty one, and the rank of this process."""
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if is_distributed else 0
+    rank = torch.distributed.get_rank() if is_distributed() else 0
     # Names do not gather across ranks; hashes of this length do not collide.
     digests = [
         hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=16).digest() if name else bytes(16)
