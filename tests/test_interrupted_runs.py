@@ -102,6 +102,8 @@ ENDINGS: dict[str, tuple[dict[str, Any], Callable[[], list[Callback]]]] = {
     "the best checkpoint": ({"max_epochs": 2}, lambda: [ModelCheckpoint(monitor="val_loss", mode="max")]),
     "weights alone": ({"max_epochs": 1}, lambda: [ModelCheckpoint(save_weights_only=True)]),
 }
+FAST = ("epoch without one", "steps within an epoch", "stopped by a validation", "the best checkpoint")
+"""Those of each kind (length, steps, stop, checkpoints of other weights) that are quick enough for every change."""
 
 
 class Killed(BaseException):
@@ -156,7 +158,10 @@ def by_step(checkpoint: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize(
     ("ending", "model_class"),
-    [*[(ending, Quick) for ending in ENDINGS], pytest.param("epoch without one", UniAS, marks=pytest.mark.slow)],
+    [
+        *(pytest.param(ending, Quick, marks=[] if ending in FAST else pytest.mark.slow) for ending in ENDINGS),
+        pytest.param("epoch without one", UniAS, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_killed_after_its_last_step_goes_on_there(
     ending: str, model_class: type[UniAS], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -184,7 +189,16 @@ def test_a_run_killed_after_its_last_step_goes_on_there(
     assert not any(ENDED in checkpoint for checkpoint in left)
 
 
-@pytest.mark.parametrize("ending", ["epoch with a validation", "epoch without one", "steps within an epoch"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "epoch without one",
+        *(
+            pytest.param(ending, marks=pytest.mark.slow)
+            for ending in ("epoch with a validation", "steps within an epoch")
+        ),
+    ],
+)
 def test_a_longer_run_trains_on_from_an_ended_training(
     ending: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +258,7 @@ PLACES: dict[str, tuple[type, str, str]] = {  # where a run is when the signal c
     "test": (UniAS, "test_step", "train"),
     "prediction": (UniAS, "predict_step", "predict"),
 }
+FAST_PLACES = ("training", "segmentation head", "test")
 
 
 def wait_in(place: str, started: Path, arguments: list[str]) -> None:
@@ -265,7 +280,9 @@ def wait_in(place: str, started: Path, arguments: list[str]) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place", [pytest.param(place, marks=[] if place in FAST_PLACES else pytest.mark.slow) for place in PLACES]
+)
 def test_sigterm_ends_a_command_at_once_and_not_as_a_success(
     place: str, spawn: Callable[..., Any], root: Path, tmp_path: Path
 ) -> None:

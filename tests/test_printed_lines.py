@@ -86,6 +86,7 @@ def test_tables_of_a_training_are_in_percent(run: tuple[Path, list[str]]) -> Non
     assert not any("Test metric" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_export_prints_what_it_wrote_and_no_diary(run: tuple[Path, list[str]]) -> None:
     folder, _ = run
     checkpoint = "results/UniAS/DIR/v0/weights/lightning/model.ckpt"

@@ -172,6 +172,7 @@ def test_results_can_be_moved(training: Path, project: Path) -> None:
     assert (project / "elsewhere/UniAS/parts/latest" / CHECKPOINT).is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_train_in_one_folder(project: Path) -> None:
     """anomalib makes one for each of them, and lets `latest` point to that of the last."""
     command = [sys.executable, "-m", "anomalib_uniass", "train", *MODEL, *DATA, "--data.train_batch_size", "2"]

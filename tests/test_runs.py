@@ -210,7 +210,12 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by a signal")
 @pytest.mark.parametrize(
     ("model_class", "every", "workers", "tile_size"),
-    [(UniAS, 1, 0, None), (UniAS, 2, 0, None), (UniAD, 2, 1, None), (UniAS, 2, 0, 24)],
+    [
+        pytest.param(UniAS, 1, 0, None, marks=pytest.mark.slow),
+        (UniAS, 2, 0, None),
+        pytest.param(UniAD, 2, 1, None, marks=pytest.mark.slow),
+        pytest.param(UniAS, 2, 0, 24, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_goes_on_to_the_weights_and_metrics_of_one_that_was_not(
     model_class: type[UniAS | UniAD],
@@ -243,7 +248,13 @@ def test_a_killed_run_goes_on_to_the_weights_and_metrics_of_one_that_was_not(
     assert tables[0] == pytest.approx(tables[1], nan_ok=True)
 
 
-@pytest.mark.parametrize("ending", ["epochs that are not divisible", "steps within an epoch", "time"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "epochs that are not divisible",
+        *(pytest.param(ending, marks=pytest.mark.slow) for ending in ("steps within an epoch", "time")),
+    ],
+)
 def test_a_run_goes_on_after_the_checkpoint_of_its_end(ending: str, root: Path, tmp_path: Path) -> None:
     arguments, epoch, steps = ENDINGS[ending]
     run = engine(tmp_path, **arguments)
@@ -413,7 +424,7 @@ def test_shipped_configuration_for_three_epochs_leaves_a_checkpoint_with_thresho
     assert set(checkpoint["anomalib_post_processor_config"]["calibration"]["image"]) == set(MVTEC_CATEGORIES)
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_without_validation_all_commands_say_that_there_are_no_thresholds(
     every: int, root: Path, anomalib: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -177,7 +177,7 @@ class ExportMixin(Base):
                 task,
                 max_drop,
                 ov_kwargs,
-                onnx_kwargs,
+                {"optimize": False} | (onnx_kwargs or {}),  # a third of the time, and OpenVINO optimises anyway
             )
             thresholds = exported_thresholds(self.post_processor)
             if thresholds is not None:

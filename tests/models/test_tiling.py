@@ -120,7 +120,7 @@ def photographs(folder: Path) -> Path:
     return make_mvtec_layout(folder, ["cap"], (99, 130))
 
 
-@pytest.mark.parametrize("model", [UniAS, UniAD])
+@pytest.mark.parametrize("model", [pytest.param(UniAS, marks=pytest.mark.slow), UniAD])
 def test_photographs_of_mixed_sizes(model: type, tmp_path: Path) -> None:
     """Trained on tiles, tested at the size of the photographs, the same from a checkpoint and by the callback."""
     root = photographs(tmp_path / "parts")
@@ -141,7 +141,7 @@ def test_photographs_of_mixed_sizes(model: type, tmp_path: Path) -> None:
     assert data.eval_batch_size == 4, "a later model of whole images has its batches"
 
 
-@pytest.mark.parametrize("model", [UniAS, UniAD])
+@pytest.mark.parametrize("model", [pytest.param(UniAS, marks=pytest.mark.slow), UniAD])
 def test_tiler_of_anomalib(model: type, tmp_path: Path) -> None:
     """The callback does what the arguments do, though it comes when the data is set up."""
     root = make_mvtec_layout(tmp_path / "parts", ["bolt"], (150, 211))
