@@ -3,9 +3,7 @@
 
 import logging
 
-from anomalib_uniass.text import one_line
-
-MOST_NAMED = 5
+from anomalib_uniass.text import MOST_NAMED, one_line
 
 
 class Failures:

@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakSet
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_module  # type: ignore[attr-defined]  # has its logger
 from rich.logging import RichHandler
 
@@ -32,6 +33,8 @@ EXPECTED = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch, in every stage
 )
 """Warnings of Lightning that nobody can do something about."""
+
+logger = logging.getLogger(__name__)
 
 CONVERTERS = ("onnxscript", "onnx_ir", "torch.onnx")
 """Loggers that tell of every constant of a graph, at the levels INFO and WARNING."""
@@ -145,3 +148,10 @@ class _Wanted(logging.Filter):
 
 
 _once, _wanted = _Once(), _Wanted()
+
+
+@rank_zero_only
+def warn(message: str | None) -> None:
+    """Log a warning, by one process of a distributed run; nothing if there is no message."""
+    if message is not None:
+        logger.warning("%s", message)

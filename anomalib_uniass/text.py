@@ -5,8 +5,13 @@ Python keeps the bytes of a file name that are not UTF-8 as lone surrogates, whi
 terminal can show. Here they become ``\udcXX`` with XX the byte in hexadecimal, so that the name can be found again.
 """
 
+from collections.abc import Iterable
+
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # noqa: RUF001  # full width counts too
 """What a cell begins with that spreadsheets take for a formula."""
+
+MOST_NAMED = 5
+"""Things that a message names."""
 
 
 def storable(text: str) -> str:
@@ -32,3 +37,17 @@ def cell(text: str) -> str:
     text: write them as they are.
     """
     return storable(f"'{text}" if text.startswith(FORMULA_SIGNS) else text)
+
+
+def some(things: Iterable[object], *, most: int = MOST_NAMED) -> str:
+    """Name the first of many things, and count the others."""
+    texts = [one_line(str(thing)) for thing in things]  # a name may be no UTF-8
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
+def some_lines(lines: Iterable[str], *, most: int = MOST_NAMED) -> str:
+    """Name the first of many things on a line each, and count the others."""
+    lines = [one_line(line) for line in lines]
+    more = f"\n  and {len(lines) - most} more" if len(lines) > most else ""
+    return "\n".join(f"  - {line}" for line in lines[:most]) + more

@@ -14,9 +14,9 @@ import pandas as pd
 from anomalib.data.utils import LabelName
 
 from anomalib_uniass.data.images import check_image
-from anomalib_uniass.data.listing import some_lines
 from anomalib_uniass.data.masks import examine_mask
 from anomalib_uniass.data.opening import MAX_MEGAPIXELS, in_turn
+from anomalib_uniass.text import some_lines
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from anomalib_uniass.data.listing import some
+from anomalib_uniass.text import some
 
 _SAMPLE: Final = 4096
 _BLOCK: Final = 1 << 20

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from anomalib_uniass.data.images import image_suffixes
-from anomalib_uniass.text import one_line
+from anomalib_uniass.text import some
 
 # What systems, archives and network drives put beside images: thumbnails and the like, often under names of images.
 _OF_SYSTEMS: Final = frozenset(
     {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
     | {"thumbs.db", "ehthumbs.db", "desktop.ini"}
 )
-_MOST_NAMED: Final = 5
 _MOST_ENDINGS: Final = 20
 
 
@@ -148,17 +147,3 @@ def by_ending(files: Iterable[Path], *, below: Path | None = None) -> str:
         first = group[0].relative_to(below) if below is not None and group[0].is_relative_to(below) else group[0]
         told.append(f"{len(group)} {ending} ({first.as_posix()}{', ...' if len(group) > 1 else ''})")
     return some(told, most=_MOST_ENDINGS)
-
-
-def some(things: Iterable[object], *, most: int = _MOST_NAMED) -> str:
-    """Name the first of many things, and count the others."""
-    texts = [one_line(str(thing)) for thing in things]  # a name may be no UTF-8
-    more = f" and {len(texts) - most} more" if len(texts) > most else ""
-    return ", ".join(texts[:most]) + more
-
-
-def some_lines(lines: Iterable[str], *, most: int = _MOST_NAMED) -> str:
-    """Name the first of many things on a line each, and count the others."""
-    lines = [one_line(line) for line in lines]
-    more = f"\n  and {len(lines) - most} more" if len(lines) > most else ""
-    return "\n".join(f"  - {line}" for line in lines[:most]) + more

@@ -13,7 +13,8 @@ import pandas as pd
 from anomalib.data import AnomalibDataset, MVTecAD
 from anomalib.data.utils import LabelName, Split
 
-from anomalib_uniass.data.listing import by_ending, list_images, some, subfolders, visible
+from anomalib_uniass.data.listing import by_ending, list_images, subfolders, visible
+from anomalib_uniass.text import some
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from anomalib_uniass.data.dataset import UnifiedDataset, category_augmentation
 from anomalib_uniass.data.defect_sizes import what_gets_lost
 from anomalib_uniass.data.image_cache import ImageCache, fixed_resize
 from anomalib_uniass.data.images import read_image
-from anomalib_uniass.data.listing import by_ending, some
+from anomalib_uniass.data.listing import by_ending
 from anomalib_uniass.data.mvtec_layout import LayoutError, MVTecLayout, explain_root
 from anomalib_uniass.data.opening import MAX_MEGAPIXELS
 from anomalib_uniass.data.sources import (
@@ -46,6 +46,7 @@ from anomalib_uniass.report.callback import ReportCallback
 from anomalib_uniass.report.comparison import ComparisonCallback
 from anomalib_uniass.report.summary import RunSummary
 from anomalib_uniass.results import run_folder
+from anomalib_uniass.text import some
 
 logger = logging.getLogger(__name__)
 

@@ -27,6 +27,7 @@ from torchmetrics import Metric
 from anomalib_uniass.categories import row_categories
 from anomalib_uniass.files import replace_text
 from anomalib_uniass.logs import CONVERTERS, from_here, quiet
+from anomalib_uniass.text import some
 from anomalib_uniass.thresholds.decisions import never_good
 from anomalib_uniass.thresholds.post_processor import (
     CategoryThresholdPostProcessor,
@@ -43,9 +44,6 @@ CALIBRATION_IMAGES = 300
 
 THRESHOLDS = "category_thresholds"
 """Name of the thresholds of an exported model: the JSON file beside it, and OpenVINO's runtime information."""
-
-MOST_NAMED = 5
-"""Weights that a message names."""
 
 INT8 = (CompressionType.INT8, CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
 CALIBRATED = (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
@@ -388,9 +386,8 @@ def check_finite_weights(model: nn.Module) -> None:
         if isinstance(values, Tensor) and values.is_floating_point() and not values.isfinite().all()
     ]
     if broken:
-        more = f" and {len(broken) - MOST_NAMED} more" if len(broken) > MOST_NAMED else ""
         msg = (
-            f"Expected finite weights to export, got NaN or infinity in {', '.join(broken[:MOST_NAMED])}{more}: the "
+            f"Expected finite weights to export, got NaN or infinity in {some(broken)}: the "
             "training has diverged. Give an earlier checkpoint, or train with a lower learning rate."
         )
         raise ValueError(msg)

@@ -20,8 +20,9 @@ from torch.utils.data import SequentialSampler
 from torchvision.transforms.v2 import Transform
 
 from anomalib_uniass.data.images import read_image
-from anomalib_uniass.data.listing import Listing, by_ending, list_images, some
+from anomalib_uniass.data.listing import Listing, by_ending, list_images
 from anomalib_uniass.prediction.names import data_argument
+from anomalib_uniass.text import some
 
 logger = logging.getLogger(__name__)
 

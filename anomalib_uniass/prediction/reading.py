@@ -19,10 +19,10 @@ from torchvision.transforms.v2 import Identity
 
 from anomalib_uniass.data.dataset import UnifiedDataset
 from anomalib_uniass.data.images import check_image, image_suffixes, is_misread, read_image
-from anomalib_uniass.data.listing import some_lines
 from anomalib_uniass.data.opening import is_refused_by_pillow, shown_size
 from anomalib_uniass.prediction.folder import complete_datasets
 from anomalib_uniass.prediction.names import current_datasets
+from anomalib_uniass.text import some_lines
 
 logger = logging.getLogger(__name__)
 

@@ -4,13 +4,12 @@
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from anomalib_uniass.arguments import check_number
@@ -23,6 +22,8 @@ from anomalib_uniass.categories import (
     sample_categories,
 )
 from anomalib_uniass.distribution import of_all_processes
+from anomalib_uniass.logs import warn as warn  # used by others from here
+from anomalib_uniass.text import some
 from anomalib_uniass.thresholds.calibration import (
     check_rate,
     image_thresholds,
@@ -32,6 +33,7 @@ from anomalib_uniass.thresholds.calibration import (
 )
 from anomalib_uniass.thresholds.checks import check_thresholds
 from anomalib_uniass.thresholds.decisions import are_finite, or_infinite
+from anomalib_uniass.thresholds.good_images import GoodImage, join, without_rounding
 
 logger = logging.getLogger(__name__)
 
@@ -44,22 +46,7 @@ CALIBRATE = (
 )
 
 
-MOST_NAMED = 5
-"""Images or folders that a message names."""
-
-ROUNDING = torch.finfo(torch.float32).eps
-"""Share of a usual score below which a score is rounding alone: the model reproduces that image to the last digit."""
-
-
 NEVER_GOOD = "They are never good, whatever their threshold"
-
-
-class _GoodImage(NamedTuple):
-    """What validation keeps of a good image: its path or "", its score and the histogram of its map."""
-
-    path: str
-    score: float
-    histogram: Tensor
 
 
 class CategoryThresholdPostProcessor(PostProcessor):
@@ -116,7 +103,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
         self.gamma = gamma
         self.calibration: dict[str, Any] | None = None
         self.categories: list[str] = []
-        self._good: dict[str, list[_GoodImage]] = defaultdict(list)
+        self._good: dict[str, list[GoodImage]] = defaultdict(list)
         self._category_of_path: dict[str, str] = {}
         self._default_category = ALL
         self._not_finite: list[str] = []
@@ -222,7 +209,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
         scores = outputs.pred_score.flatten().tolist()
         categories = [category or self._default_category for category in self.categories_of(outputs)]
         anomalous = [False] * len(scores) if outputs.gt_label is None else outputs.gt_label.flatten().tolist()
-        images = map(_GoodImage, _paths(outputs), scores, histograms)
+        images = map(GoodImage, _paths(outputs), scores, histograms)
         for category, image, is_anomalous, is_finite in zip(categories, images, anomalous, finite, strict=True):
             if not is_finite:
                 self._not_finite.append(image.path)
@@ -232,7 +219,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the thresholds of all categories, and the fallback to the highest of them."""
         del trainer, pl_module
-        good = _without_rounding(_of_all_processes(self._good))
+        good = without_rounding(join(self._good))
         self._good.clear()
         self._warn_of_values_not_finite("validation", "They set no thresholds")
         if not good:
@@ -258,7 +245,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
         if paths:
             warn(
                 f"{len(paths)} images of the {stage} have scores or maps that are not finite (NaN or infinite): "
-                f"{_listed(paths)}. {follows}: the model has diverged, or the images hold such values."
+                f"{some(paths)}. {follows}: the model has diverged, or the images hold such values."
             )
 
     def _warn_of_unknown_categories(self) -> None:
@@ -267,7 +254,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
         self._unmatched = Counter()
         if not unmatched or self.calibration is None or len(self.calibration["image"]) == 1:
             return  # a single category has the one threshold that there is
-        folders = _listed([f"{folder!r} ({count})" for folder, count in sorted(unmatched.items())])
+        folders = some([f"{folder!r} ({count})" for folder, count in sorted(unmatched.items())])
         image, pixel = (_highest(self.calibration, level) for level in ("image", "pixel"))
         warn(
             f"The category of {unmatched.total()} images is not known, by folder: {folders}. No folder above them is "
@@ -483,58 +470,11 @@ def missing_thresholds(post_processor: nn.Module | None, categories: Sequence[st
     )
 
 
-@rank_zero_only
-def warn(message: str | None) -> None:
-    """Log a warning, by one process of a distributed run; nothing if there is no message."""
-    if message is not None:
-        logger.warning("%s", message)
-
-
 def _highest(calibration: dict[str, Any], level: str) -> str:
     """Return the category with the highest threshold."""
     return max(calibration[level], key=calibration[level].get)
 
 
-def _listed(names: Sequence[str]) -> str:
-    """Return some names, and how many more there are."""
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
-
-
-def _without_rounding(good: dict[str, list[_GoodImage]]) -> dict[str, list[_GoodImage]]:
-    """Leave out images whose scores are nothing beside those of the others, and name them.
-
-    Float32 cannot tell a score below its rounding of a usual one (that a tenth of all exceed) from zero. Good images
-    that are new to a model leave scores over some orders of magnitude; one that it was trained on in a copy may leave
-    none, and every good image exceeds a threshold that it sets.
-    """
-    scores = [image.score for images in good.values() for image in images]
-    least = ROUNDING * float(torch.tensor(scores).quantile(0.9)) if scores else 0.0
-    refused = [image.path for images in good.values() for image in images if image.score < least]
-    if refused:
-        warn(
-            f"{len(refused)} good images of the validation have scores below {least:.1e}, which is rounding beside the "
-            f"usual ones: {_listed(sorted(refused))}. They set no thresholds, for every good image would exceed them. "
-            "The model knows these images: take copies of them out of the training images."
-        )
-    kept = {category: [image for image in images if image.score >= least] for category, images in good.items()}
-    return {category: images for category, images in kept.items() if images}
-
-
 def _paths(batch: ImageBatch) -> list[str]:
     """Return the path of each image of a batch, "" where it has none."""
     return [str(path) for path in batch.image_path or [""] * len(cast("Tensor", batch.pred_score))]
-
-
-def _of_all_processes(good: dict[str, list[_GoodImage]]) -> dict[str, list[_GoodImage]]:
-    """Join what the processes of a distributed run kept, without images that an earlier process has too.
-
-    The sampler repeats images until every process has equally many; a process by itself gets no repeats.
-    """
-    joined: dict[str, list[_GoodImage]] = defaultdict(list)
-    seen: set[str] = set()
-    for part in of_all_processes(dict(good)):
-        for category, images in part.items():
-            joined[category] += [image for image in images if image.path not in seen]
-        seen |= {image.path for images in part.values() for image in images if image.path}
-    return dict(joined)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from anomalib_uniass.data import listing
-from anomalib_uniass.data.listing import by_ending, holds_files, list_images, some, some_lines
+from anomalib_uniass.data.listing import by_ending, holds_files, list_images
+from anomalib_uniass.text import some, some_lines
 
 IMAGES = ("a.PNG", "b.jp2", "c.gif", "deep/er/d.Tga", "deep/e.jpeg", "folder.png/f.bmp", "öäü/ß.tif")
 OTHERS = ("a.dcm", "b", "deep/c.npy", "d.png.txt")

@@ -34,10 +34,9 @@ from anomalib_uniass.thresholds.calibration import (
     pixel_thresholds,
 )
 from anomalib_uniass.thresholds.checks import read_thresholds
+from anomalib_uniass.thresholds.good_images import GoodImage, join
 from anomalib_uniass.thresholds.post_processor import (
     CategoryThresholdPostProcessor,
-    _GoodImage,
-    _of_all_processes,
     missing_thresholds,
 )
 from tests.helpers.datasets import make_mvtec_layout
@@ -267,15 +266,15 @@ def test_rates_and_exponent_are_checked(arguments: dict[str, float]) -> None:
 def gather(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     counts = torch.tensor([rank])
-    listed_twice = [_GoodImage("/bolt/0.png", 0.0, counts), _GoodImage("/bolt/0.png", 0.0, counts)]
+    listed_twice = [GoodImage("/bolt/0.png", 0.0, counts), GoodImage("/bolt/0.png", 0.0, counts)]
     parts = [
-        {"bolt": [*listed_twice, _GoodImage("", 0.25, counts)]},
+        {"bolt": [*listed_twice, GoodImage("", 0.25, counts)]},
         {
-            "bolt": [_GoodImage("/bolt/1.png", 1.0, counts), _GoodImage("/bolt/0.png", 0.0, counts)],  # a repeat
-            "cap": [_GoodImage("/cap/0.png", 5.0, counts), _GoodImage("", 6.0, counts)],
+            "bolt": [GoodImage("/bolt/1.png", 1.0, counts), GoodImage("/bolt/0.png", 0.0, counts)],  # a repeat
+            "cap": [GoodImage("/cap/0.png", 5.0, counts), GoodImage("", 6.0, counts)],
         },
     ]
-    joined = _of_all_processes(parts[rank])
+    joined = join(parts[rank])
     Path(folder, str(rank)).write_text(
         json.dumps({name: [image.score for image in images] for name, images in joined.items()})
     )
