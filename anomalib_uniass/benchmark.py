@@ -8,7 +8,7 @@ from anomalib.data import get_datamodule
 from anomalib.models import get_model
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 
-from anomalib_uniass.models.from_checkpoint import FromCheckpointMixin
+from anomalib_uniass.training.from_checkpoint import FromCheckpointMixin
 
 
 def check_entries(config: Path | str) -> None:

@@ -33,7 +33,7 @@ from anomalib_uniass.acceleration import accelerate
 from anomalib_uniass.acceleration.dropout import Dropout
 from anomalib_uniass.layers.feature_jitter import FeatureJitter
 from anomalib_uniass.metrics import CategoryMetrics
-from anomalib_uniass.models.reconstruction import GRADIENT_CLIP
+from anomalib_uniass.training.steps import GRADIENT_CLIP
 
 BATCHES = (1, 8)
 TRAIN_BATCH = 8

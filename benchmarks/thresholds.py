@@ -40,8 +40,8 @@ from torch.utils.data import DataLoader
 
 import anomalib_uniass
 from anomalib_uniass import Unified
-from anomalib_uniass.models.reconstruction import ReconstructionMixin
 from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
+from anomalib_uniass.training.steps import ReconstructionMixin
 
 RATES = ((0.01, 0.001), (0.05, 0.005), (0.1, 0.01), (0.2, 0.02))
 """Asked rates of images and of pixels."""

@@ -24,8 +24,8 @@ from torch import nn
 
 from anomalib_uniass import BoundedPatchcore, UniAD, UniAS, Unified
 from anomalib_uniass.layers.backbone import FeaturePyramid
-from anomalib_uniass.models.checkpoint_size import say_large_checkpoints
-from anomalib_uniass.models.from_checkpoint import normal_forms
+from anomalib_uniass.training.checkpoint_size import say_large_checkpoints
+from anomalib_uniass.training.from_checkpoint import normal_forms
 from tests.helpers.datasets import make_mvtec_layout
 
 SMALL: dict[str, Any] = {"backbone": "resnet18", "pre_trained": False, "image_size": (128, 128)}

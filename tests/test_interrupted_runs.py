@@ -29,10 +29,10 @@ from lightning.pytorch.callbacks import (
 )
 
 from anomalib_uniass import UniAD, UniAS, Unified
-from anomalib_uniass.models.complete_run import ENDED
 from anomalib_uniass.models.patchcore import lightning_model as patchcore
 from anomalib_uniass.models.unias.detector.segmentation_head import SegmentationHead
 from anomalib_uniass.models.unias.detector.whitening import Whitening
+from anomalib_uniass.training.last_weights import ENDED
 from tests.helpers.datasets import make_mvtec_layout
 
 REPOSITORY = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from anomalib.engine import Engine
 
 from anomalib_uniass import UniAS, Unified
 from anomalib_uniass.models import progress
-from anomalib_uniass.models.progress import duration, say_progress
+from anomalib_uniass.training.progress import duration, say_progress
 from tests.helpers.datasets import make_mvtec_layout
 
 LINES = "lightning.pytorch.utilities.rank_zero"

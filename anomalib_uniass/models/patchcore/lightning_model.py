@@ -18,11 +18,11 @@ from anomalib_uniass.deploy.export import ExportMixin, check_finite_weights
 from anomalib_uniass.layers.backbone import FeaturePyramid
 from anomalib_uniass.layers.token_grid import token_grid
 from anomalib_uniass.logs import install_log_filters
-from anomalib_uniass.models.complete_run import CompleteRunMixin
-from anomalib_uniass.models.from_checkpoint import FromCheckpointMixin
 from anomalib_uniass.models.patchcore.coreset import PatchSample, k_center_greedy
-from anomalib_uniass.models.reconstruction import ReconstructionMixin
 from anomalib_uniass.prediction import PredictionMixin
+from anomalib_uniass.training.from_checkpoint import FromCheckpointMixin
+from anomalib_uniass.training.last_weights import CompleteRunMixin
+from anomalib_uniass.training.steps import ReconstructionMixin
 
 BANK_TAPS = (2, 3)  # strides 8 and 16, as layer2 and layer3 of the paper's WideResNet-50
 

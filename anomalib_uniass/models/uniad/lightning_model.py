@@ -13,9 +13,9 @@ from torch import nn
 from anomalib_uniass.arguments import check_whole, parse_image_size
 from anomalib_uniass.layers.tiling import make_tiling
 from anomalib_uniass.logs import install_log_filters
-from anomalib_uniass.models.reconstruction import LRSchedule, ReconstructionMixin, check_arguments
 from anomalib_uniass.models.uniad.torch_model import UniADModel
 from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
+from anomalib_uniass.training.steps import LRSchedule, ReconstructionMixin, check_arguments
 
 
 class UniAD(ReconstructionMixin, AnomalibModule):

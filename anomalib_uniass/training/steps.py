@@ -30,14 +30,14 @@ from anomalib_uniass.deploy.pre_processor import AntialiasedPreProcessor
 from anomalib_uniass.distribution import keep_constants_local
 from anomalib_uniass.layers.seeding import random_states, set_random_states
 from anomalib_uniass.metrics import CategoryMetricsCallback
-from anomalib_uniass.models.callback_checks import check_callbacks
-from anomalib_uniass.models.checkpoint_size import say_large_checkpoints
-from anomalib_uniass.models.complete_run import CompleteRunMixin
-from anomalib_uniass.models.divergence import LossWatch, check_finite, diverged
-from anomalib_uniass.models.from_checkpoint import FromCheckpointMixin, differences
-from anomalib_uniass.models.progress import ProgressLines
-from anomalib_uniass.models.tiled import TiledMixin
 from anomalib_uniass.prediction import PredictionMixin
+from anomalib_uniass.training.callback_checks import check_callbacks
+from anomalib_uniass.training.checkpoint_size import say_large_checkpoints
+from anomalib_uniass.training.divergence import LossWatch, check_finite, diverged
+from anomalib_uniass.training.from_checkpoint import FromCheckpointMixin, differences
+from anomalib_uniass.training.last_weights import CompleteRunMixin
+from anomalib_uniass.training.progress import ProgressLines
+from anomalib_uniass.training.tiled import TiledMixin
 
 logger = logging.getLogger(__name__)
 
