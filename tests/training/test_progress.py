@@ -10,7 +10,7 @@ import pytest
 from anomalib.engine import Engine
 
 from anomalib_uniass import UniAS, Unified
-from anomalib_uniass.models import progress
+from anomalib_uniass.training import progress
 from anomalib_uniass.training.progress import duration, say_progress
 from tests.helpers.datasets import make_mvtec_layout
 
