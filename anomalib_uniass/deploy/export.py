@@ -162,6 +162,8 @@ class ExportMixin(Base):
         self.check_exportable()
         if compression_type in INT8:
             check_nncf(compression_type)
+        else:  # OpenVINO optimises by itself, in far less time; NNCF fails at the scalars that are left
+            onnx_kwargs = {"optimize": False} | (onnx_kwargs or {})
         if compression_type in CALIBRATED:
             check_calibration(datamodule, compression_type=compression_type, input_size=input_size)
         with complete_export(self.post_processor, export_root) as export, self.exported_network(input_size):
@@ -175,7 +177,7 @@ class ExportMixin(Base):
                 task,
                 max_drop,
                 ov_kwargs,
-                {"optimize": False} | (onnx_kwargs or {}),  # a third of the time, and OpenVINO optimises anyway
+                onnx_kwargs,
             )
             thresholds = exported_thresholds(self.post_processor)
             if thresholds is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What validation keeps of good images, and which of them set no thresholds."""
+"""What is kept of good images to take thresholds from, and which of them set none."""
 
 from collections import defaultdict
 from typing import NamedTuple
@@ -14,21 +14,57 @@ from anomalib_uniass.text import some
 ROUNDING = torch.finfo(torch.float32).eps
 """Share of a usual score below which a score is rounding alone: the model reproduces that image to the last digit."""
 
+SMALLEST = 2.0**-100
+"""Least score or map value that logarithms tell from zero."""
+
+TAIL_RATES = 2.0 ** -torch.arange(0, 17.5, 0.5, dtype=torch.float64)
+"""Shares of the pixels of a map above its kept quantiles: all, 71 %, half, … one of 130,000."""
+
 
 class GoodImage(NamedTuple):
-    """What validation keeps of a good image: its path or "", its score and the histogram of its map."""
+    """What is kept of a good image: its path or "", its score and the quantiles of its map at `TAIL_RATES`."""
 
     path: str
     score: float
-    histogram: Tensor
+    tail: Tensor
 
 
-def join(good: dict[str, list[GoodImage]]) -> dict[str, list[GoodImage]]:
+GoodImages = dict[str, list[GoodImage]]
+"""Good images by category."""
+
+
+Columns = dict[str, Tensor]
+"""The same as columns: scores ``(n,)`` under ``image``, tails of the maps ``(n, T)`` under ``pixel``."""
+
+
+def columns(good: GoodImages) -> dict[str, Columns]:
+    """Return good images as checkpoints keep them, which is without their paths."""
+    return {
+        category: {
+            "image": torch.tensor([image.score for image in images], dtype=torch.float64),
+            "pixel": torch.stack([image.tail for image in images]),
+        }
+        for category, images in good.items()
+    }
+
+
+def map_tails(maps: Tensor) -> Tensor:
+    """Return the values that shares of the pixels of each map exceed: ``(B, ...) -> (B, T)``, see `TAIL_RATES`.
+
+    Args:
+        maps: Anomaly maps, at least 0.
+    """
+    ordered = maps.flatten(1).float().sort(dim=1, descending=True).values
+    rows = (TAIL_RATES * ordered.shape[1]).long().clamp_max(ordered.shape[1] - 1)
+    return ordered[:, rows.to(ordered.device)]
+
+
+def join(good: GoodImages) -> GoodImages:
     """Join what the processes of a distributed run kept, without images that an earlier process has too.
 
     The sampler repeats images until every process has equally many; a process by itself gets no repeats.
     """
-    joined: dict[str, list[GoodImage]] = defaultdict(list)
+    joined: GoodImages = defaultdict(list)
     seen: set[str] = set()
     for part in of_all_processes(dict(good)):
         for category, images in part.items():
@@ -37,7 +73,7 @@ def join(good: dict[str, list[GoodImage]]) -> dict[str, list[GoodImage]]:
     return dict(joined)
 
 
-def without_rounding(good: dict[str, list[GoodImage]]) -> dict[str, list[GoodImage]]:
+def without_rounding(good: GoodImages) -> GoodImages:
     """Leave out images whose scores are nothing beside those of the others, and name them.
 
     Float32 cannot tell a score below its rounding of a usual one (that a tenth of all exceed) from zero. Good images

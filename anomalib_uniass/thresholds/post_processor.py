@@ -28,16 +28,24 @@ from anomalib_uniass.thresholds.calibration import (
     check_rate,
     image_thresholds,
     images_needed,
-    map_histograms,
+    outliers,
     pixel_thresholds,
 )
 from anomalib_uniass.thresholds.checks import check_thresholds
 from anomalib_uniass.thresholds.decisions import are_finite, or_infinite
-from anomalib_uniass.thresholds.good_images import GoodImage, join, without_rounding
+from anomalib_uniass.thresholds.good_images import (
+    Columns,
+    GoodImage,
+    GoodImages,
+    columns,
+    join,
+    map_tails,
+    without_rounding,
+)
 
 logger = logging.getLogger(__name__)
 
-IMAGE_FPR, PIXEL_FPR, GAMMA = 0.01, 0.001, 0.5
+IMAGE_FPR, PIXEL_FPR, GAMMA = 0.05, 0.0005, 0.5
 """Rates and exponent where none are asked for."""
 
 CALIBRATE = (
@@ -52,12 +60,14 @@ NEVER_GOOD = "They are never good, whatever their threshold"
 class CategoryThresholdPostProcessor(PostProcessor):
     """Thresholds of each category at chosen false-positive rates, from the good validation images.
 
-    Validation keeps the score and a histogram of the raw map of every good image (anomalous ones are left out) and
-    sets the thresholds at its end, see :mod:`anomalib_uniass.thresholds.calibration`. To resolve an image rate r takes
-    1 / r - 1 good validation images of the category, 99 for 1 %; with fewer the spread is borrowed from all categories
-    and a warning says so. The thresholds are as good as these images are new to the model and like those to come:
-    :class:`~anomalib_uniass.data.Unified` holds them out of training by default. A distributed validation joins the
-    images of all processes; those that the sampler repeats, known by their path, count once.
+    The end of a training keeps score and map quantiles of training images, validation those of its good images
+    (anomalous ones are left out); at its end the thresholds are set, see :mod:`anomalib_uniass.thresholds.calibration`.
+    To resolve an image rate r takes 1 / r - 1 good validation images of the category, 19 for 5 %; with fewer the
+    training images tell how scores spread, and a warning says so. The thresholds are as good as the validation images
+    are new to the model and like those to come: :class:`~anomalib_uniass.data.Unified` holds them out of training by
+    default. An image unlike all others of its category, such as a defective one among the good, sets no threshold and
+    is named. A distributed validation joins the images of all processes; those that the sampler repeats, known by their
+    path, count once.
 
     Scores and map values x >= 0 with threshold t become x^gamma / (x^gamma + t^gamma): in [0, 1), 0.5 at the threshold
     as everywhere in anomalib, in the order of x, and without the clamping of anomalib's own. Predicted labels and masks
@@ -87,7 +97,10 @@ class CategoryThresholdPostProcessor(PostProcessor):
 
     Attributes:
         calibration: Raw thresholds by category and the rates they were made for, with the keys ``image``, ``pixel``,
-            ``image_fpr`` and ``pixel_fpr``; kept in checkpoints. None before the first validation.
+            ``image_fpr`` and ``pixel_fpr``, and the number of good images by category (``images``); kept in
+            checkpoints. None before the first validation.
+        good: Scores and map quantiles of the good validation images by category; kept in checkpoints.
+        learned: Those of training images; kept in checkpoints.
         categories: Names of the categories that it was trained or calibrated for, with thresholds or without; kept in
             checkpoints.
 
@@ -103,7 +116,10 @@ class CategoryThresholdPostProcessor(PostProcessor):
         self.gamma = gamma
         self.calibration: dict[str, Any] | None = None
         self.categories: list[str] = []
-        self._good: dict[str, list[GoodImage]] = defaultdict(list)
+        self.good: dict[str, Columns] = {}
+        self.learned: dict[str, Columns] = {}
+        self._good: GoodImages = defaultdict(list)
+        self._learned: GoodImages = defaultdict(list)
         self._category_of_path: dict[str, str] = {}
         self._default_category = ALL
         self._not_finite: list[str] = []
@@ -114,7 +130,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
-        return (*super()._checkpoint_config_keys, "gamma", "calibration", "categories")
+        return (*super()._checkpoint_config_keys, "gamma", "calibration", "categories", "good", "learned")
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore the configuration; a checkpoint of another post-processor brings its one threshold only.
@@ -123,7 +139,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
             ValueError: If thresholds are missing or not finite; names the entry.
         """
         self.calibration = None
-        self.categories = []
+        self.categories, self.good, self.learned = [], {}, {}
         if (calibration := config.get("calibration")) is not None:
             check_thresholds(calibration, "calibration of the checkpoint")
         asked = self.gamma
@@ -137,7 +153,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
         """Read the categories of the images from the datamodule."""
         del pl_module
         datamodule = getattr(trainer, "datamodule", None)
-        subsets = (getattr(datamodule, subset, None) for subset in ("val_data", "test_data"))
+        subsets = (getattr(datamodule, subset, None) for subset in ("train_data", "val_data", "test_data"))
         self._category_of_path |= sample_categories(*subsets)
         self._default_category = default_category(datamodule)
         self._not_finite, self._unmatched, self._good_in_test = [], Counter(), Counter()
@@ -202,19 +218,34 @@ class CategoryThresholdPostProcessor(PostProcessor):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Keep the scores and map histograms of the good images of a batch."""
+        """Keep the scores of the good images of a batch, and the tails of their maps."""
         del trainer, pl_module, args, kwargs
-        finite = cast("Tensor", are_finite(outputs)).tolist()
-        histograms = map_histograms(outputs.anomaly_map.nan_to_num()).cpu()
-        scores = outputs.pred_score.flatten().tolist()
-        categories = [category or self._default_category for category in self.categories_of(outputs)]
-        anomalous = [False] * len(scores) if outputs.gt_label is None else outputs.gt_label.flatten().tolist()
-        images = map(GoodImage, _paths(outputs), scores, histograms)
+        self._keep(outputs, self._good)
+
+    def learn(self, batch: ImageBatch) -> None:
+        """Keep the same of a batch of training images, with the raw score and map of the trained model.
+
+        Each process of a distributed run gives its share; :meth:`end_learning` joins them.
+        """
+        self._keep(batch, self._learned)
+
+    def end_learning(self) -> None:
+        """Take the training images of :meth:`learn` for those that the weights have learned from."""
+        self.learned = columns(join(self._learned))
+        self._learned.clear()
+
+    def _keep(self, batch: ImageBatch, kept: GoodImages) -> None:
+        finite = cast("Tensor", are_finite(batch)).tolist()
+        tails = map_tails(cast("Tensor", batch.anomaly_map).nan_to_num()).cpu()
+        scores = cast("Tensor", batch.pred_score).flatten().tolist()
+        categories = [category or self._default_category for category in self.categories_of(batch)]
+        anomalous = [False] * len(scores) if batch.gt_label is None else batch.gt_label.flatten().tolist()
+        images = map(GoodImage, _paths(batch), scores, tails)
         for category, image, is_anomalous, is_finite in zip(categories, images, anomalous, finite, strict=True):
             if not is_finite:
                 self._not_finite.append(image.path)
             elif not is_anomalous:
-                self._good[category].append(image)
+                kept[category].append(image)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the thresholds of all categories, and the fallback to the highest of them."""
@@ -226,17 +257,48 @@ class CategoryThresholdPostProcessor(PostProcessor):
             logger.warning("No good images in the validation set: the thresholds stay as they are.")
             return
         self._is_calibrated_anew = True
-        scores = {category: torch.tensor([image.score for image in images]) for category, images in good.items()}
-        histograms = {category: torch.stack([image.histogram for image in images]) for category, images in good.items()}
+        self.good = columns(good)
+        self.calibrate()
+        self._warn_of_outliers(good)
+        self._warn_of_few_images({category: len(images) for category, images in good.items()})
+
+    def calibrate(self) -> None:
+        """Take the thresholds of all categories from the good images that are known, for the rates asked for.
+
+        Raises:
+            ValueError: If none is known.
+        """
+        if not self.good:
+            msg = f"There are no good images to take thresholds from. {CALIBRATE}"
+            raise ValueError(msg)
         self.calibration = {
-            "image": image_thresholds(scores, self.image_fpr),
-            "pixel": pixel_thresholds(histograms, self.pixel_fpr),
+            level: thresholds(
+                {category: images[level] for category, images in self.good.items()},
+                rate,
+                learned={category: images[level] for category, images in self.learned.items()},
+            )
+            for level, thresholds, rate in (
+                ("image", image_thresholds, self.image_fpr),
+                ("pixel", pixel_thresholds, self.pixel_fpr),
+            )
+        } | {
             "image_fpr": self.image_fpr,
             "pixel_fpr": self.pixel_fpr,
+            "images": {category: len(images["image"]) for category, images in self.good.items()},
         }
         self._image_threshold.fill_(max(self.calibration["image"].values()))
         self._pixel_threshold.fill_(max(self.calibration["pixel"].values()))
-        self._warn_of_few_images({category: len(images) for category, images in good.items()})
+
+    def _warn_of_outliers(self, good: GoodImages) -> None:
+        """Name the images that are unlike the other good ones of their category: they set no thresholds."""
+        scores = {category: images["image"] for category, images in self.good.items()}
+        found = outliers(scores, learned={category: images["image"] for category, images in self.learned.items()})
+        paths = [good[category][row].path for category, rows in found.items() for row in rows]
+        if paths:
+            warn(
+                f"{len(paths)} validation images have far higher scores than the other good ones of their category: "
+                f"{some(paths)}. They set no thresholds. Look at them: they may be defective, dark or another product."
+            )
 
     def _warn_of_values_not_finite(self, stage: str, follows: str) -> None:
         """Name the images that had scores or maps that are no numbers."""
@@ -286,9 +348,10 @@ class CategoryThresholdPostProcessor(PostProcessor):
         if few and not self._has_warned:
             logger.warning(
                 "An image false-positive rate of %g takes %d good validation images of a category to resolve. Fewer "
-                "have: %s. Their thresholds borrow the spread of all %d images and hold on average at best. Hold out "
-                "more images (val_split_ratio) or ask for a higher image_fpr.",
-                self.image_fpr, needed, ", ".join(few), sum(counts.values()),
+                "have: %s. Their thresholds take the spread from %s, and hold on average. Hold out more images "
+                "(val_split_ratio) or ask for a higher image_fpr.",
+                self.image_fpr, needed, ", ".join(few),
+                "the training images" if self.learned else f"the {sum(counts.values())} validation images of all",
             )  # fmt: skip
             self._has_warned = True
 

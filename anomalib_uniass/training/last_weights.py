@@ -71,6 +71,9 @@ class CompleteRunMixin(Base):
         """Take what a model needs of the training set and its last weights, and tell whether that changed the model."""
         return False
 
+    def score_training_images(self) -> None:
+        """Let the post-processor see what the last weights make of training images; nothing where it needs none."""
+
     def configure_callbacks(self) -> Sequence[Callback]:
         """Add what ends a run in order and makes it repeatable; let its last lines come from here, others once."""
         install_log_filters(self)
@@ -207,6 +210,8 @@ class CompleteRunMixin(Base):
     def _take_statistics(self, *, stopped: bool) -> bool:
         """Take the statistics, with a checkpoint before them; tell whether that changed the model."""
         if not self.has_statistics():
+            with ending_at_sigterm(self.trainer):
+                self.score_training_images()
             return False
         self._ended = {
             "epoch": self.trainer.current_epoch,
@@ -216,6 +221,7 @@ class CompleteRunMixin(Base):
         self._save_ended_training()
         with ending_at_sigterm(self.trainer):
             changed = self.take_statistics()
+            self.score_training_images()
         self._ended = None
         return changed
 

@@ -24,13 +24,15 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_uniass.acceleration.constants import Folded
 from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_seed, check_text, check_whole
+from anomalib_uniass.categories import row_categories
 from anomalib_uniass.data.defect_sizes import check_sizes, say_what_gets_lost
 from anomalib_uniass.deploy.export import ExportMixin
 from anomalib_uniass.deploy.pre_processor import AntialiasedPreProcessor
 from anomalib_uniass.distribution import keep_constants_local
-from anomalib_uniass.layers.seeding import random_states, set_random_states
+from anomalib_uniass.layers.seeding import random_states, seeded, set_random_states
 from anomalib_uniass.metrics import CategoryMetricsCallback
 from anomalib_uniass.prediction import PredictionMixin
+from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
 from anomalib_uniass.training.callback_checks import check_callbacks
 from anomalib_uniass.training.checkpoint_size import say_large_checkpoints
 from anomalib_uniass.training.divergence import LossWatch, check_finite, diverged
@@ -45,6 +47,9 @@ GRADIENT_CLIP = 0.1
 
 TILES_OF_IMAGE = 8
 """Tiles of a training image that statistics are taken of."""
+
+SCORED_IMAGES = 60
+"""Training images of a category whose scores tell how those of good images spread, at most."""
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """What the trainer may compute in: anomalib's batches hold float32 images, whatever the weights are."""
@@ -283,12 +288,39 @@ class ReconstructionMixin(FromCheckpointMixin, CompleteRunMixin, PredictionMixin
         sampler = RandomSampler(cast("Sized", loader.dataset), replacement=True, num_samples=batches * size)
         return self._numbered(loader, sampler, size)
 
+    @torch.no_grad()
+    def score_training_images(self) -> None:
+        """Give scores and maps of training images to thresholds per category, up to `SCORED_IMAGES` of each.
+
+        Images as they are trained on: with augmentation, but whole. None where they have no numbers or no categories.
+        """
+        post_processor, loader = self.post_processor, self._training_loader()
+        samples = getattr(getattr(loader, "dataset", None), "samples", None)
+        if not isinstance(post_processor, CategoryThresholdPostProcessor) or samples is None:
+            return
+        numbers = [
+            number
+            for rows in samples.groupby(row_categories(samples)).indices.values()
+            for number in rows[:: max(1, len(rows) // SCORED_IMAGES)][:SCORED_IMAGES].tolist()
+        ]
+        share = numbers[self.trainer.global_rank :: self.trainer.world_size]
+        size = 1 if self.model.tiling else loader.batch_size or 1  # photographs may be of any size
+        training = self.model.training
+        self.model.eval()
+        with seeded(0):
+            for batch in self._numbered_batches(loader, share, size):
+                image = cast("Tensor", batch.image).to(self.device)
+                post_processor.learn(batch.update(**self.model(self._prepared(image))._asdict()))
+        self.model.train(training)
+        post_processor.end_learning()
+
     def _numbered(self, loader: DataLoader[Any], numbers: Iterable[int], size: int) -> Iterator[Tensor]:
         """Yield the images with these numbers in batches of a size."""
-        return self._inputs(
-            DataLoader(
-                loader.dataset, size, sampler=numbers, num_workers=loader.num_workers, collate_fn=loader.collate_fn
-            )
+        return self._inputs(self._numbered_batches(loader, numbers, size))
+
+    def _numbered_batches(self, loader: DataLoader[Any], numbers: Iterable[int], size: int) -> Iterable[ImageBatch]:
+        return DataLoader(
+            loader.dataset, size, sampler=numbers, num_workers=loader.num_workers, collate_fn=loader.collate_fn
         )
 
     def indexed_training_loader(self) -> DataLoader[Any]:
@@ -315,10 +347,13 @@ class ReconstructionMixin(FromCheckpointMixin, CompleteRunMixin, PredictionMixin
     def _inputs(self, batches: Iterable[ImageBatch]) -> Iterator[Tensor]:
         """Yield the images of batches as the model takes them."""
         for batch in batches:
-            image = cast("Tensor", batch.image).to(self.device)
-            if isinstance(self.pre_processor, PreProcessor) and self.pre_processor.transform is not None:
-                image = self.pre_processor.transform(image)
-            yield self.model.tiles_to_learn(image)
+            yield self.model.tiles_to_learn(self._prepared(cast("Tensor", batch.image).to(self.device)))
+
+    def _prepared(self, image: Tensor) -> Tensor:
+        """Return images as the model takes them."""
+        if isinstance(self.pre_processor, PreProcessor) and self.pre_processor.transform is not None:
+            image = self.pre_processor.transform(image)
+        return image
 
     def complete_pre_processor(self, choice: PreProcessor | bool, image_size: tuple[int, int]) -> None:
         """Make the default pre-processor with the backbone's statistics; refuse one that resizes to something else.

@@ -44,8 +44,8 @@ class UniAD(ReconstructionMixin, AnomalibModule):
             The same command on the same machine then gives the same weights. Afterwards torch's, NumPy's and Python's
             generators are as they were before the training. None draws from them.
         pre_processor: Pre-processor, or True for resize and normalisation with the backbone's statistics.
-        post_processor: Post-processor, or True for thresholds per category at a false-positive rate of 1 % of the
-            good images and 0.1 % of their pixels
+        post_processor: Post-processor, or True for thresholds per category at a false-positive rate of 5 % of the
+            good images and 0.05 % of their pixels
             (:class:`~anomalib_uniass.thresholds.post_processor.CategoryThresholdPostProcessor`). For anomalib's
             thresholds, one for all categories by the best F1 score on the validation labels, give
             :class:`anomalib.post_processing.PostProcessor`.
