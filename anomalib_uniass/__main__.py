@@ -2,9 +2,8 @@
 """anomalib's own command line with this plugin loaded, for environments where the start-up hook is off.
 
 ``anomalib-uniass train ...`` and ``python -m anomalib_uniass train ...`` take the arguments of ``anomalib train ...``.
-``benchmark`` builds all entries of its file before it trains the first, and ``validate-export`` compares exported
-models with their checkpoint (:mod:`anomalib_uniass.validate_export`). Importing this module imports the package,
-which registers its classes.
+``benchmark`` builds all entries of its file before it trains the first; ``calibrate`` and ``validate-export`` are our
+own (:mod:`anomalib_uniass.cli`). Importing this module imports the package, which registers its classes.
 """
 
 import argparse
@@ -14,14 +13,18 @@ from difflib import get_close_matches
 from anomalib.cli import cli
 from anomalib.cli.pipelines import pipeline_subcommands
 
-from anomalib_uniass import validate_export
-from anomalib_uniass.benchmark import check_entries
+from anomalib_uniass.cli import calibrate, validate_export
+from anomalib_uniass.cli.benchmark import check_entries
 
 COMMANDS = {
+    "calibrate": "Take the thresholds of a trained model anew: from other good images, or for other rates.",
     "validate-export": "Compare exported models with their checkpoint on labelled images: may they be deployed?",
     "benchmark": "Compare models as anomalib's command does, after building every entry of the file once.",
 }
 """Commands of this package, and what they do."""
+
+OWN = {"calibrate": calibrate.main, "validate-export": validate_export.main}
+"""Those that anomalib does not have: each takes its arguments and returns the exit code."""
 
 
 def main() -> None:
@@ -29,7 +32,7 @@ def main() -> None:
 
     Raises:
         SystemExit: If there is no such command, if an entry of a benchmark's file cannot be built, at the end of
-            ``validate-export``, or for anomalib's reasons.
+            one of our own, or for anomalib's reasons.
     """
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
@@ -37,8 +40,8 @@ def main() -> None:
         sys.argv[1:2] = ["--help"]
     elif not command.startswith("-"):
         check_command(command)
-    if command == "validate-export":
-        sys.exit(validate_export.main(sys.argv[2:]))
+    if command in OWN:
+        sys.exit(OWN[command](sys.argv[2:]))
     if command == "benchmark":
         parser = argparse.ArgumentParser(add_help=False)
         parser.add_argument("--config")

@@ -16,7 +16,7 @@ from anomalib.models import get_model
 from PIL import Image
 
 from anomalib_uniass.__main__ import main as our_main
-from anomalib_uniass.benchmark import check_entries
+from anomalib_uniass.cli.benchmark import check_entries
 from anomalib_uniass.metrics.functional import METRICS
 from anomalib_uniass.models.unias.detector.segmentation_head import SegmentationHead
 from tests.helpers.datasets import make_mvtec_layout

@@ -16,11 +16,11 @@ from openvino import opset13
 
 from anomalib_uniass import UniAS, Unified
 from anomalib_uniass.__main__ import main as command
+from anomalib_uniass.cli.validate_export import main
 from anomalib_uniass.deploy import validation
 from anomalib_uniass.deploy.precision import compile_openvino, computed
 from anomalib_uniass.deploy.validation import Decision, Findings, Outputs, Predict, Tolerance, exported_model
 from anomalib_uniass.metrics.functional import METRICS
-from anomalib_uniass.validate_export import main
 from tests.helpers import distributed_run
 from tests.helpers.datasets import make_mvtec_layout
 
