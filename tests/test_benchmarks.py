@@ -22,6 +22,18 @@ SPEED = BENCHMARKS / "speed.py"
 RATIOS = {"torch_folded", "openvino_f32", "openvino_bf16", "openvino_int8", "train_step_folded", "train_memory"}
 
 
+def test_demo_decides_by_the_threshold_of_the_category(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    demo = importlib.import_module("demo")
+    thresholds = {"image": {"brick": 0.5, "solar_mono": 0.246}, "pixel": {"brick": 0.5, "solar_mono": 0.3}}
+    (tmp_path / "category_thresholds.json").write_text(json.dumps(thresholds))
+    model = tmp_path / "model.xml"
+    expected = "defective, score 0.476 in [0, 1], threshold of solar_mono 0.246"
+    assert demo.decision(0.476, model, "solar_mono") == expected
+    assert demo.decision(0.476, model, "brick").startswith("good, ")
+    assert demo.decision(0.246, model, "solar_mono").startswith("good, ")  # as everywhere, above it is defective
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured on Linux only")
 def test_speed_benchmark_writes_ratios_of_everything_it_measures(
