@@ -226,7 +226,7 @@ def _write(
         path,
         "test",
         title=f"{facts['model']} on {facts['data']}",
-        subtitle=f"Test of {len(test.images)} images, {facts['date']}",
+        subtitle=" ".join([f"Test of {len(test.images)} images, {facts['date']}.", _decisions(test.images)]).strip(),
         table=table,
         mean=MEAN,
         metrics=METRICS,

@@ -77,6 +77,9 @@ def test_a_page_shows_the_table_and_all_images(runs: dict[str, Path], name: str)
             assert f">{100 * value:.2f}</td>" in page
     assert f"{name} on parts" in page
     assert "Test of 18 images" in page
+    told = re.findall(r"(\d+) of (\d+) defective images are found, (\d+) of (\d+) good ones are false alarms", page)
+    total, *categories = np.array(told, dtype=int)  # the first lines of the page say it of all categories
+    assert len(categories) == 2 and (total == sum(categories)).all() and total[[1, 3]].tolist() == [12, 6]
     assert page.count("good (3)") == page.count("defective (6)") == 2
     found, alarms = (
         sum(int(count) for count in re.findall(rf"(\d+) of \d+ {what}", page)) for what in ("defective", "good ones")
