@@ -772,15 +772,18 @@ def test_both_kinds_are_chosen_on_the_command_line(run: Run, tmp_path: Path, mon
 def test_benchmark_measures_achieved_rates(run: Run, tmp_path: Path, run_python: Callable[..., str]) -> None:
     root, checkpoint, _ = run
     arguments = ["--root", str(root), "--checkpoint", str(checkpoint), "--val-split-ratio", "0.5", "--draws", "2"]
-    run_python(str(BENCHMARK), *arguments, "--output", str(tmp_path))
+    for name in ("inspection", "demo"):
+        run_python(str(BENCHMARK), "--name", name, "--images", "2", *arguments, "--output", str(tmp_path))
     results = json.loads((tmp_path / "thresholds.json").read_text())
-    rows = {(row["thresholds"], row["calibrated_on"], row["asked_image_fpr"]): row for row in results["rows"]}
-    assert len(rows) == len(results["rows"]) == 4 * 3 + 2
-    assert all(set(row["categories"]) == set(CATEGORIES) for row in rows.values())
-    assert rows["per category", "training", 0.1]["image_fpr"] >= rows["per category", "training", 0.01]["image_fpr"]
-    assert {row["images"] for row in rows.values() if row["calibrated_on"] == "half_of_test"} == {1}
-    assert len(results["summary"]) == 8
-    assert all(category in (tmp_path / "thresholds.md").read_text() for category in CATEGORIES)
+    for found in results["datasets"].values():
+        assert (len(found["image"]), len(found["pixel"])) == (4 * 3, 4 * 3)
+        assert all(set(row["categories"]) == set(CATEGORIES) for row in found["image"] + found["pixel"])
+        ours = {row["asked"]: row for row in found["image"] if row["rule"] == "ours"}
+        assert ours[0.1]["achieved"] >= ours[0.01]["achieved"]
+        assert all(0 <= row["F1"] <= row["F1Max"] <= 1 for row in found["pixel"])
+    assert len(results["summary"]) == 2 * 10
+    assert results["summary"]["demo_own_f1"] == results["summary"]["own_f1"]
+    assert "## inspection: 2 good images" in (tmp_path / "thresholds.md").read_text()
 
 
 def test_uniad_has_thresholds_per_category_on_its_own_scale() -> None:
