@@ -44,6 +44,7 @@ from anomalib_uniass.metrics import CategoryMetricsCallback
 from anomalib_uniass.metrics.category_metrics import MEAN
 from anomalib_uniass.report.callback import ReportCallback
 from anomalib_uniass.report.comparison import ComparisonCallback
+from anomalib_uniass.report.decisions import DecisionsCallback
 from anomalib_uniass.report.summary import RunSummary
 from anomalib_uniass.results import run_folder
 from anomalib_uniass.text import some
@@ -468,6 +469,8 @@ class Unified(AnomalibDataModule):
                 callbacks.insert(0, CategoryMetricsCallback())
             if not any(isinstance(callback, ReportCallback) for callback in callbacks):
                 callbacks.append(ReportCallback(read_image, notes=self._small_defects))
+            if not any(isinstance(callback, DecisionsCallback) for callback in callbacks):
+                callbacks.append(DecisionsCallback())  # behind the post-processor
             if self.comparison and not any(isinstance(callback, ComparisonCallback) for callback in callbacks):
                 callbacks.insert(0, ComparisonCallback(self.comparison))
             run_folder(self.trainer)
