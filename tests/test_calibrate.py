@@ -99,6 +99,27 @@ def test_other_rates_need_no_images(folder: Path, tmp_path: Path) -> None:
     assert float(model.post_processor.image_threshold) == pytest.approx(max(found["0.2"]["image"].values()))
 
 
+def test_a_checkpoint_that_knows_no_images_keeps_the_thresholds_of_other_categories(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As those of version 0.2."""
+    content = torch.load(folder / "model.ckpt")
+    for name in ("good", "learned"):
+        del content["anomalib_post_processor_config"][name]
+    del content["anomalib_post_processor_config"]["calibration"]["images"]
+    torch.save(content, tmp_path / "old.ckpt")
+    given = [str(tmp_path / "old.ckpt"), "--data", str(folder / "new/bolt"), "--category", "bolt"]
+    assert main([*given, "--out", str(tmp_path / "new.ckpt")]) == 0
+    old, new = (config(tmp_path / name)["calibration"] for name in ("old.ckpt", "new.ckpt"))
+    assert new["image"]["cap"] == old["image"]["cap"] and new["pixel"]["cap"] == old["pixel"]["cap"]
+    assert new["images"] == {"bolt": 2} and new["image"]["bolt"] != old["image"]["bolt"]
+    capsys.readouterr()
+    for arguments in ([*given, "--image_fpr", "0.2"], [given[0], "--image_fpr", "0.2"]):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--out", str(tmp_path / "other.ckpt")])
+        assert "knows no good images of" in capsys.readouterr().err
+
+
 BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "defects": (lambda folder: ["--data", str(folder / "parts")], "lie in folders of defects or masks"),
     "no category": (lambda folder: ["--data", str(folder / "new/bolt")], "lies in no folder of a category"),

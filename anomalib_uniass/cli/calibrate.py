@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             setattr(post_processor, name, rate)
         if args.data is not None:
             score(model, good_images(args.data, args.category, post_processor.categories))
-        post_processor.calibrate()
+        check_rates(post_processor, old)
+        post_processor.calibrate(kept=old)
         save(model, args.checkpoint, args.out)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -120,6 +121,22 @@ def score(model: AnomalibModule, dataset: PredictFolder) -> None:
     post_processor.categories = sorted({*categories, *post_processor.good})
 
 
+def check_rates(post_processor: CategoryThresholdPostProcessor, old: Mapping[str, Any]) -> None:
+    """Refuse other rates for categories whose images are not known: checkpoints of version 0.2 kept none.
+
+    Raises:
+        ValueError: If there are such categories.
+    """
+    unknown = sorted(set(old.get("image", {})) - set(post_processor.good))
+    rates = {name: getattr(post_processor, name) for name in ("image_fpr", "pixel_fpr")}
+    if unknown and any(old[name] != rate for name, rate in rates.items()):
+        msg = (
+            f"The checkpoint knows no good images of {some(unknown)}, so that other rates need some of each. Give "
+            "them all with --data, or leave the rates as they are."
+        )
+        raise ValueError(msg)
+
+
 def save(model: AnomalibModule, source: Path, target: Path) -> None:
     """Write a checkpoint with the thresholds of a model and all else of another checkpoint.
 
@@ -144,7 +161,7 @@ def told(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     rows = [
         {
             "category": category,
-            "images": new["images"][category],
+            "images": new["images"].get(category),
             **{
                 f"{level} {time}": calibration.get(level, {}).get(category)
                 for level in ("image", "pixel")

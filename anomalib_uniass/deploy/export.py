@@ -26,7 +26,7 @@ from torchmetrics import Metric
 
 from anomalib_uniass.categories import row_categories
 from anomalib_uniass.files import replace_text
-from anomalib_uniass.logs import CONVERTERS, from_here, quiet
+from anomalib_uniass.logs import CONVERTERS, from_here, quiet, warn
 from anomalib_uniass.text import some
 from anomalib_uniass.thresholds.decisions import never_good
 from anomalib_uniass.thresholds.post_processor import (
@@ -34,7 +34,6 @@ from anomalib_uniass.thresholds.post_processor import (
     check_decisions,
     has_thresholds,
     missing_thresholds,
-    warn,
 )
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,7 @@ from anomalib_uniass.categories import (
     sample_categories,
 )
 from anomalib_uniass.distribution import of_all_processes
-from anomalib_uniass.logs import warn as warn  # used by others from here
+from anomalib_uniass.logs import warn
 from anomalib_uniass.text import some
 from anomalib_uniass.thresholds.calibration import (
     check_rate,
@@ -262,8 +262,11 @@ class CategoryThresholdPostProcessor(PostProcessor):
         self._warn_of_outliers(good)
         self._warn_of_few_images({category: len(images) for category, images in good.items()})
 
-    def calibrate(self) -> None:
+    def calibrate(self, *, kept: Mapping[str, Any] | None = None) -> None:
         """Take the thresholds of all categories from the good images that are known, for the rates asked for.
+
+        Args:
+            kept: Calibration whose thresholds stay for categories without known images.
 
         Raises:
             ValueError: If none is known.
@@ -271,8 +274,13 @@ class CategoryThresholdPostProcessor(PostProcessor):
         if not self.good:
             msg = f"There are no good images to take thresholds from. {CALIBRATE}"
             raise ValueError(msg)
+        stay = {
+            level: {name: each for name, each in (kept or {}).get(level, {}).items() if name not in self.good}
+            for level in ("image", "pixel", "images")
+        }
         self.calibration = {
-            level: thresholds(
+            level: stay[level]
+            | thresholds(
                 {category: images[level] for category, images in self.good.items()},
                 rate,
                 learned={category: images[level] for category, images in self.learned.items()},
@@ -284,7 +292,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
         } | {
             "image_fpr": self.image_fpr,
             "pixel_fpr": self.pixel_fpr,
-            "images": {category: len(images["image"]) for category, images in self.good.items()},
+            "images": stay["images"] | {category: len(images["image"]) for category, images in self.good.items()},
         }
         self._image_threshold.fill_(max(self.calibration["image"].values()))
         self._pixel_threshold.fill_(max(self.calibration["pixel"].values()))

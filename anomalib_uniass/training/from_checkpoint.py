@@ -18,7 +18,7 @@ from anomalib_uniass.arguments import parse_image_size
 from anomalib_uniass.layers.backbone import FeaturePyramid
 from anomalib_uniass.layers.seeding import seeded
 from anomalib_uniass.layers.tiling import make_tiling
-from anomalib_uniass.thresholds.post_processor import warn
+from anomalib_uniass.logs import warn
 from anomalib_uniass.training.checkpoint_io import WholeCheckpointIO
 
 OF_THE_RUN = ("pre_trained", "weights", "max_epochs")

@@ -16,9 +16,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from anomalib_uniass.files import remove_stale_drafts
 from anomalib_uniass.layers.seeding import random_states, set_random_states
-from anomalib_uniass.logs import QuietRun, install_log_filters
+from anomalib_uniass.logs import QuietRun, install_log_filters, warn
 from anomalib_uniass.report.summary import RunSummary
-from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor, missing_thresholds, warn
+from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor, missing_thresholds
 from anomalib_uniass.training.checkpoint_io import WholeCheckpointIO
 from anomalib_uniass.training.seeded_training import SeededTraining
 from anomalib_uniass.training.termination import TerminationCallback, ending_at_sigterm

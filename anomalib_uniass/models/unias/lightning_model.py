@@ -20,12 +20,12 @@ from anomalib_uniass import acceleration
 from anomalib_uniass.arguments import check_choice, check_flag, check_number, check_whole, parse_image_size
 from anomalib_uniass.deploy.quantization import quantize_reconstruction
 from anomalib_uniass.layers.tiling import make_tiling
-from anomalib_uniass.logs import install_log_filters
+from anomalib_uniass.logs import install_log_filters, warn
 from anomalib_uniass.models.unias.detector.recipes import RecipeName
 from anomalib_uniass.models.unias.detector.residual import Residual
 from anomalib_uniass.models.unias.loss import CosineTerm, ReconstructionLoss
 from anomalib_uniass.models.unias.torch_model import UniASModel
-from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor, warn
+from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
 from anomalib_uniass.training.progress import say_progress
 from anomalib_uniass.training.steps import LRSchedule, ReconstructionMixin, check_arguments
 
