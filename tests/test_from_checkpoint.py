@@ -164,7 +164,9 @@ def test_test_and_validate_in_python(kind: str, folder: Path, tmp_path: Path, of
         assert model.post_processor.calibration["image"].keys() == {"bolt", "cap"}
 
 
-@pytest.mark.parametrize("export_type", ["torch", pytest.param("onnx", marks=pytest.mark.slow), "openvino"])
+@pytest.mark.parametrize(
+    "export_type", ["torch", *(pytest.param(each, marks=pytest.mark.slow) for each in ("onnx", "openvino"))]
+)
 def test_export(export_type: str, folder: Path, tmp_path: Path, anomalib: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     anomalib("export", "--model", "UniAS", "--export_type", export_type, "--ckpt_path", str(folder / "UniAS.ckpt"))
     (exported,) = {*tmp_path.rglob("model.pt"), *tmp_path.rglob("model.onnx"), *tmp_path.rglob("model.xml")}
