@@ -2,12 +2,23 @@
 """What processes of a distributed run tell each other, and what they need not."""
 
 from collections.abc import Iterable
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+
+
+class OfImage(Protocol):
+    """What is kept of an image, with its path or ""."""
+
+    @property
+    def path(self) -> str:
+        """Return the path."""
+
+
+Image = TypeVar("Image", bound=OfImage)
 
 
 def is_distributed() -> bool:
@@ -27,6 +38,20 @@ def of_all_processes(value: T) -> list[T]:
     values: list[T | None] = [None] * distributed.get_world_size()
     distributed.all_gather_object(values, value)
     return cast("list[T]", values)
+
+
+def joined(parts: Iterable[Iterable[Image]]) -> list[Image]:
+    """Join what processes keep of images, without those that an earlier one has too.
+
+    The sampler repeats images until every process has equally many; a process by itself gets no repeats.
+    """
+    found: list[Image] = []
+    seen: set[str] = set()
+    for part in parts:
+        new = [image for image in part if image.path not in seen]
+        found += new
+        seen |= {image.path for image in new if image.path}
+    return found
 
 
 def keep_constants_local(model: nn.Module, frozen: Iterable[nn.Module]) -> None:

@@ -14,14 +14,10 @@ from anomalib.post_processing import PostProcessor
 
 from anomalib_uniass import UniAS, Unified
 from anomalib_uniass.cli.calibrate import main
+from tests.helpers import models
 from tests.helpers.datasets import make_mvtec_layout
 
-SMALL: dict[str, Any] = {
-    "backbone": "resnet18",
-    "pre_trained": False,
-    "image_size": (128, 128),
-    "hidden_dim": 32,
-    "feedforward_dim": 32,
+SMALL: dict[str, Any] = models.SMALL | {
     "channel_branch": False,
     "visualizer": False,
     "evaluator": False,

@@ -19,20 +19,18 @@ import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from anomalib_uniass.categories import SPLITS, CategoryNames, normal_form
+from anomalib_uniass.cli.validate_export import MODELS
 from anomalib_uniass.files import replacing
-from anomalib_uniass.models.uniad.lightning_model import UniAD
-from anomalib_uniass.models.unias.lightning_model import UniAS
 from anomalib_uniass.prediction.folder import PredictFolder
 from anomalib_uniass.text import some
 from anomalib_uniass.thresholds.calibration import check_rate, images_needed
 from anomalib_uniass.thresholds.post_processor import CategoryThresholdPostProcessor
 from anomalib_uniass.training.checkpoint_io import WholeCheckpointIO
-
-MODELS: dict[str, type[UniAS] | type[UniAD]] = {"UniAS": UniAS, "UniAD": UniAD}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,9 +142,7 @@ def save(model: AnomalibModule, source: Path, target: Path) -> None:
         OSError: If it cannot be written.
     """
     content = WholeCheckpointIO().load_checkpoint(source)
-    own: dict[str, Any] = {"hyper_parameters": dict(model.hparams)}
-    model.on_save_checkpoint(own)
-    content["anomalib_post_processor_config"] = own["anomalib_post_processor_config"]
+    content["anomalib_post_processor_config"] = cast("PostProcessor", model.post_processor).checkpoint_config()
     content["state_dict"] |= {
         name: value for name, value in model.state_dict().items() if name.startswith("post_processor.")
     }

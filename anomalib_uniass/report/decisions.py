@@ -19,7 +19,7 @@ from scipy.stats import beta
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_uniass.distribution import of_all_processes
+from anomalib_uniass.distribution import joined, of_all_processes
 from anomalib_uniass.files import replace_text
 from anomalib_uniass.metrics import CategoryMetricsCallback
 from anomalib_uniass.metrics.category_metrics import MEAN
@@ -91,7 +91,7 @@ class DecisionsCallback(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the table of the decisions of all processes, print and save it."""
         del pl_module
-        decisions = _without_repeats(of_all_processes(self._decisions))
+        decisions = joined(of_all_processes(self._decisions))
         self._decisions = []
         metrics = _metrics(trainer)
         if not decisions or metrics is None:
@@ -227,17 +227,6 @@ def _pixel_counts(predicted: Tensor | None, truth: Tensor | None, *, count: int)
     pairs = ((marked * real), (marked * (1 - real)), ((1 - marked) * real))
     sums = torch.stack([pair.flatten(1).sum(dim=1, dtype=torch.float64) for pair in pairs], dim=1)
     return [(int(hits), int(alarms), int(misses)) for hits, alarms, misses in sums.tolist()]
-
-
-def _without_repeats(parts: Iterable[Iterable[Decision]]) -> list[Decision]:
-    """Join what processes decided, without images that an earlier one has too: the sampler repeats some."""
-    joined: list[Decision] = []
-    seen: set[str] = set()
-    for part in parts:
-        kept = [decision for decision in part if decision.path not in seen]
-        joined += kept
-        seen |= {decision.path for decision in kept if decision.path}
-    return joined
 
 
 def _metrics(trainer: Trainer) -> CategoryMetricsCallback | None:

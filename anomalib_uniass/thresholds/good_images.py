@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is kept of good images to take thresholds from, and which of them set none."""
 
-from collections import defaultdict
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from anomalib_uniass.distribution import of_all_processes
+from anomalib_uniass.distribution import joined, of_all_processes
 from anomalib_uniass.logs import warn
 from anomalib_uniass.text import some
 
@@ -48,6 +48,11 @@ def columns(good: GoodImages) -> dict[str, Columns]:
     }
 
 
+def of_level(good: Mapping[str, Columns], level: str) -> dict[str, Tensor]:
+    """Return one of the columns, ``image`` or ``pixel``, by category."""
+    return {category: images[level] for category, images in good.items()}
+
+
 def map_tails(maps: Tensor) -> Tensor:
     """Return the values that shares of the pixels of each map exceed: ``(B, ...) -> (B, T)``, see `TAIL_RATES`.
 
@@ -60,17 +65,10 @@ def map_tails(maps: Tensor) -> Tensor:
 
 
 def join(good: GoodImages) -> GoodImages:
-    """Join what the processes of a distributed run kept, without images that an earlier process has too.
-
-    The sampler repeats images until every process has equally many; a process by itself gets no repeats.
-    """
-    joined: GoodImages = defaultdict(list)
-    seen: set[str] = set()
-    for part in of_all_processes(dict(good)):
-        for category, images in part.items():
-            joined[category] += [image for image in images if image.path not in seen]
-        seen |= {image.path for images in part.values() for image in images if image.path}
-    return dict(joined)
+    """Join what the processes of a distributed run kept, each image once."""
+    parts = of_all_processes(dict(good))
+    categories = dict.fromkeys(category for part in parts for category in part)
+    return {category: joined(part.get(category, []) for part in parts) for category in categories}
 
 
 def without_rounding(good: GoodImages) -> GoodImages:

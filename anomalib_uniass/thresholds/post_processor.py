@@ -40,6 +40,7 @@ from anomalib_uniass.thresholds.good_images import (
     columns,
     join,
     map_tails,
+    of_level,
     without_rounding,
 )
 
@@ -279,12 +280,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
             for level in ("image", "pixel", "images")
         }
         self.calibration = {
-            level: stay[level]
-            | thresholds(
-                {category: images[level] for category, images in self.good.items()},
-                rate,
-                learned={category: images[level] for category, images in self.learned.items()},
-            )
+            level: stay[level] | thresholds(of_level(self.good, level), rate, learned=of_level(self.learned, level))
             for level, thresholds, rate in (
                 ("image", image_thresholds, self.image_fpr),
                 ("pixel", pixel_thresholds, self.pixel_fpr),
@@ -299,8 +295,7 @@ class CategoryThresholdPostProcessor(PostProcessor):
 
     def _warn_of_outliers(self, good: GoodImages) -> None:
         """Name the images that are unlike the other good ones of their category: they set no thresholds."""
-        scores = {category: images["image"] for category, images in self.good.items()}
-        found = outliers(scores, learned={category: images["image"] for category, images in self.learned.items()})
+        found = outliers(of_level(self.good, "image"), learned=of_level(self.learned, "image"))
         paths = [good[category][row].path for category, rows in found.items() for row in rows]
         if paths:
             warn(

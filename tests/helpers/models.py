@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of anomalib that fit in a moment."""
+"""Models that fit in a moment."""
+
+from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule
@@ -8,6 +10,15 @@ from anomalib.pre_processing import PreProcessor
 from torchvision.transforms.v2 import Resize
 
 from anomalib_uniass import UniAD, UniAS
+
+SMALL: dict[str, Any] = {
+    "backbone": "resnet18",
+    "pre_trained": False,
+    "image_size": (128, 128),
+    "hidden_dim": 32,
+    "feedforward_dim": 32,
+}
+"""Arguments of the smallest UniAS and UniAD that are of use."""
 
 
 def tiny_padim(*, visualizer: bool) -> Padim:

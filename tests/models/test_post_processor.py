@@ -39,14 +39,10 @@ from anomalib_uniass.thresholds.post_processor import (
     CategoryThresholdPostProcessor,
     missing_thresholds,
 )
+from tests.helpers import models
 from tests.helpers.datasets import make_mvtec_layout
 
-SMALL: dict[str, Any] = {
-    "backbone": "resnet18",
-    "pre_trained": False,
-    "image_size": (128, 128),
-    "hidden_dim": 32,
-    "feedforward_dim": 32,
+SMALL: dict[str, Any] = models.SMALL | {
     "visualizer": False,
     "evaluator": False,
 }

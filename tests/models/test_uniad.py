@@ -22,16 +22,11 @@ from anomalib_uniass.models.uniad.anomaly_map import AnomalyMapGenerator, image_
 from anomalib_uniass.models.uniad.decoder import LearnedPositionEmbedding2d
 from anomalib_uniass.models.uniad.torch_model import UniADModel
 from tests.helpers.datasets import make_mvtec_layout
-from tests.helpers.models import loss_on_unseen
+from tests.helpers.models import SMALL, loss_on_unseen
 from tests.helpers.official_uniad import convert_official_state_dict, official_arguments
 from tests.models.test_unias_parity import CHANNELS, PARITY, assert_close, random_array, reference_state_dict
 
-TINY: dict[str, Any] = {
-    "backbone": "resnet18",
-    "pre_trained": False,
-    "image_size": (128, 128),
-    "hidden_dim": 32,
-    "feedforward_dim": 32,
+TINY: dict[str, Any] = SMALL | {
     "seed": 0,
 }
 

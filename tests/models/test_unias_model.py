@@ -24,15 +24,10 @@ from anomalib_uniass.models.unias.detector.residual import Residual
 from anomalib_uniass.models.unias.loss import ReconstructionLoss
 from anomalib_uniass.models.unias.torch_model import UniASModel
 from tests.helpers.datasets import make_mvtec_layout
-from tests.helpers.models import loss_on_unseen
+from tests.helpers.models import SMALL, loss_on_unseen
 from tests.models.test_unias_parity import official_state_dict
 
-TINY: dict[str, Any] = {
-    "backbone": "resnet18",
-    "pre_trained": False,
-    "image_size": (128, 128),
-    "hidden_dim": 32,
-    "feedforward_dim": 32,
+TINY: dict[str, Any] = SMALL | {
     "seed": 0,
 }
 

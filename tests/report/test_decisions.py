@@ -13,10 +13,10 @@ from scipy.stats import binomtest
 from sklearn.metrics import f1_score, precision_score, recall_score
 
 from anomalib_uniass import Unified
+from anomalib_uniass.distribution import joined
 from anomalib_uniass.report.decisions import (
     Decision,
     _pixel_counts,
-    _without_repeats,
     clopper_pearson,
     decision_table,
     format_decisions,
@@ -77,7 +77,7 @@ def test_good_images_alone_and_labels_alone_leave_undefined_shares() -> None:
 def test_images_that_a_sampler_repeats_count_once_and_images_without_path_always() -> None:
     first = [Decision("a", "bolt", False, False, 0, 0, 0), Decision("", "bolt", False, False, 0, 0, 0)]
     second = [Decision("b", "bolt", True, True, 1, 0, 0), Decision("a", "bolt", False, False, 0, 0, 0), first[1]]
-    assert [each.path for each in _without_repeats([first, second])] == ["a", "", "b", ""]
+    assert [each.path for each in joined([first, second])] == ["a", "", "b", ""]
 
 
 def test_any_model_leaves_its_decisions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
